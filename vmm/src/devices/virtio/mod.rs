@@ -3,6 +3,8 @@
 //! and the error for a guest that breaks the rules.
 
 pub(crate) mod interrupt;
+#[cfg(test)]
+pub(crate) mod test_support;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
