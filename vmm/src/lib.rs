@@ -1,5 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A small virtual machine monitor on KVM.
+//! A small virtual machine monitor on KVM: a PVH kernel, virtio-mmio devices, files shared in process, host streams
+//! over vsock. [`Machine`] is all there is to it; `DESIGN.md` beside this crate tells how it is made.
 
+mod arch;
+mod boot;
+mod bus;
+mod config;
 mod devices;
+mod logging;
 mod memory;
+mod plan;
+mod vcpu;
+mod vm;
+
+pub use config::{ConfigError, VmConfig};
+pub use vcpu::StopReason;
+pub use vm::VmError;

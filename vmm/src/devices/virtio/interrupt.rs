@@ -2,28 +2,38 @@
 //! How a device tells its driver something: virtio 1.2, 4.2.3.4 (notifications from the device).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
 /// InterruptStatus bit 0: a used buffer.
 pub(crate) const USED_BUFFER: u32 = 1;
-/// InterruptStatus bit 1: the configuration has changed.
+/// InterruptStatus bit 1: the configuration or the device status has changed.
 pub(crate) const CONFIG_CHANGE: u32 = 2;
 
 /// The interrupt line of one device: status bits that the driver reads and acknowledges, and an event fd that
 /// KVM turns into an interrupt. Cheap to clone; usable from any thread.
 #[derive(Debug, Clone)]
 pub(crate) struct Interrupt {
-    status: Arc<AtomicU32>,
-    line: Arc<EventFd>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    status: AtomicU32,
+    broken: AtomicBool,
+    line: EventFd,
 }
 
 impl Interrupt {
-    pub(crate) fn new(line: Arc<EventFd>) -> Interrupt {
+    /// `line` is non-blocking.
+    pub(crate) fn new(line: EventFd) -> Interrupt {
         Interrupt {
-            status: Arc::new(AtomicU32::new(0)),
-            line,
+            shared: Arc::new(Shared {
+                status: AtomicU32::new(0),
+                broken: AtomicBool::new(false),
+                line,
+            }),
         }
     }
 
@@ -32,28 +42,44 @@ impl Interrupt {
         self.raise(USED_BUFFER);
     }
 
-    /// The device configuration space or the device status has changed.
+    /// The device configuration space has changed.
     pub(crate) fn config_change(&self) {
         self.raise(CONFIG_CHANGE);
     }
 
+    /// The driver broke the rules: the device status shows DEVICE_NEEDS_RESET until it resets the device.
+    pub(crate) fn needs_reset(&self) {
+        self.shared.broken.store(true, Ordering::Release);
+        self.raise(CONFIG_CHANGE);
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.shared.broken.load(Ordering::Acquire)
+    }
+
+    /// After a reset nothing is pending.
+    pub(crate) fn clear(&self) {
+        self.shared.status.store(0, Ordering::Release);
+        self.shared.broken.store(false, Ordering::Release);
+    }
+
     /// The InterruptStatus register.
     pub(crate) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        self.shared.status.load(Ordering::Acquire)
     }
 
     /// A write to the InterruptACK register.
     pub(crate) fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        self.shared.status.fetch_and(!bits, Ordering::AcqRel);
     }
 
     pub(crate) fn line(&self) -> &EventFd {
-        &self.line
+        &self.shared.line
     }
 
     fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::AcqRel);
+        self.shared.status.fetch_or(bit, Ordering::AcqRel);
         // An event fd write only fails when the counter is at its maximum: then the interrupt is pending anyway.
-        let _ = self.line.write(1);
+        let _ = self.shared.line.write(1);
     }
 }

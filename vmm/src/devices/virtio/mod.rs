@@ -2,7 +2,9 @@
 //! What all virtio devices share: the device trait, what a device is given when the driver is ready,
 //! and the error for a guest that breaks the rules.
 
+pub(crate) mod chain;
 pub(crate) mod interrupt;
+pub(crate) mod mmio;
 #[cfg(test)]
 pub(crate) mod test_support;
 

@@ -20,7 +20,7 @@ pub(crate) fn guest_memory(size: usize) -> GuestMemory {
 
 /// An interrupt whose event fd the test reads with [`interrupts`].
 pub(crate) fn interrupt() -> Interrupt {
-    Interrupt::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()))
+    Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap())
 }
 
 /// How often the interrupt was raised since the last call.

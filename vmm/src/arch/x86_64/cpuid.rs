@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a vCPU says it is: KVM's supported leaves, with identity and topology filled in.
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// CPUID leaves (Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E).
+const FEATURES: u32 = 1;
+const CACHE_TOPOLOGY: u32 = 4;
+const EXTENDED_TOPOLOGY: u32 = 0xb;
+const EXTENDED_TOPOLOGY_V2: u32 = 0x1f;
+const AMD_SIZES: u32 = 0x8000_0008;
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+const ECX_TSC_DEADLINE: u32 = 1 << 24;
+const ECX_HYPERVISOR: u32 = 1 << 31;
+const EDX_HTT: u32 = 1 << 28;
+
+const LEVEL_THREAD: u32 = 1;
+const LEVEL_CORE: u32 = 2;
+
+/// The leaves for vCPU `index` of `count`, each vCPU being a core of one socket. `supported` is what
+/// KVM_GET_SUPPORTED_CPUID gave.
+pub(crate) fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
+    let mut cpuid = supported.clone();
+    for entry in cpuid.as_mut_slice() {
+        adapt(entry, u32::from(index), u32::from(count));
+    }
+    cpuid
+}
+
+/// Bits of an APIC id that number the cores of a socket.
+fn core_bits(count: u32) -> u32 {
+    u32::BITS - (count - 1).leading_zeros()
+}
+
+fn adapt(entry: &mut kvm_cpuid_entry2, index: u32, count: u32) {
+    match entry.function {
+        FEATURES => {
+            entry.ebx = (entry.ebx & 0x0000_ffff) | (index << 24) | (count << 16);
+            entry.ecx |= ECX_TSC_DEADLINE | ECX_HYPERVISOR;
+            if count > 1 {
+                entry.edx |= EDX_HTT;
+            }
+        }
+        // Bits 31:26: cores of the package; 25:14: logical CPUs that share the cache.
+        CACHE_TOPOLOGY if entry.eax & 0x1f != 0 => {
+            entry.eax = (entry.eax & 0x3fff) | (((1 << core_bits(count)) - 1) << 26);
+        }
+        EXTENDED_TOPOLOGY | EXTENDED_TOPOLOGY_V2 => {
+            let (shift, logical, kind) = match entry.index {
+                0 => (0, 1, LEVEL_THREAD),
+                1 => (core_bits(count), count, LEVEL_CORE),
+                _ => (0, 0, 0),
+            };
+            entry.eax = shift;
+            entry.ebx = logical;
+            entry.ecx = entry.index | (kind << 8);
+            entry.edx = index;
+        }
+        AMD_SIZES => entry.ecx = (core_bits(count) << 12) | (count - 1),
+        AMD_TOPOLOGY => {
+            entry.eax = index;
+            entry.ebx = index;
+            entry.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identity_and_topology_are_per_vcpu() {
+        let leaf = |function, index| kvm_cpuid_entry2 {
+            function,
+            index,
+            ..Default::default()
+        };
+        let supported = CpuId::from_entries(&[
+            leaf(FEATURES, 0),
+            leaf(EXTENDED_TOPOLOGY, 0),
+            leaf(EXTENDED_TOPOLOGY, 1),
+            leaf(AMD_SIZES, 0),
+        ])
+        .unwrap();
+        let cpuid = for_vcpu(&supported, 3, 5);
+        let entries = cpuid.as_slice();
+        assert_eq!(entries[0].ebx >> 16, (3 << 8) | 5);
+        assert_ne!(entries[0].ecx & ECX_TSC_DEADLINE, 0);
+        assert_eq!((entries[1].eax, entries[1].ebx, entries[1].edx), (0, 1, 3));
+        assert_eq!((entries[2].eax, entries[2].ebx, entries[2].edx), (3, 5, 3));
+        assert_eq!(entries[3].ecx, (3 << 12) | 4);
+    }
+
+    #[test]
+    fn one_core_needs_no_bits() {
+        assert_eq!(core_bits(1), 0);
+        assert_eq!(core_bits(2), 1);
+        assert_eq!(core_bits(32), 5);
+    }
+}

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The boot recipe and the event loop of one VM.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::VcpuFd;
+use linux_loader::loader::{Cmdline, load_cmdline};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::arch::{boot_params, cpuid, layout, mptable, registers};
+use crate::boot::{initramfs, kernel};
+use crate::bus::Bus;
+use crate::config::{ConfigError, VmConfig};
+use crate::devices::ioapic::Ioapic;
+use crate::devices::uart::Uart;
+use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{HostStream, Vsock};
+use crate::devices::virtio::{Kicks, VirtioDevice};
+use crate::memory::{self, GuestMemory};
+use crate::plan::{self, SlotKind, VmPlan};
+use crate::vcpu::{StopReason, VcpuShared, VcpuThreads};
+use crate::vm::{Vm, VmError, failed};
+
+/// The address of the guest on the vsock device: the first that is not reserved. Each VM has a device of its own, so
+/// all guests can have the same.
+const GUEST_CID: u64 = 3;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("vm configuration")]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    #[error("guest memory")]
+    Memory(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("guest files")]
+    Boot(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("cannot create {0}")]
+    Create(&'static str, #[source] std::io::Error),
+    #[error("cannot share files")]
+    Share(#[source] std::io::Error),
+    #[error("cannot connect a stream to port {0}")]
+    Stream(u32, #[source] std::io::Error),
+    #[error("event loop")]
+    EventLoop(#[source] std::io::Error),
+}
+
+/// What happened in a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// Both directions of a stream are over and its bytes are with the host's file descriptor.
+    StreamClosed { port: u32 },
+    /// The VM does not run any more.
+    Stopped(StopReason),
+}
+
+/// Who an epoll event is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    VcpuStop,
+    Device { slot: usize },
+    Kick { slot: usize, queue: usize },
+}
+
+/// One virtual machine. Owned by the thread that runs its event loop. Dropping it ends the VM.
+#[derive(Debug)]
+pub struct Machine {
+    vcpu_threads: Option<VcpuThreads>,
+    vcpus: Vec<VcpuFd>,
+    shared: Arc<VcpuShared>,
+    uart: Arc<Uart>,
+    files: Arc<Mutex<Fs>>,
+    vsock: Arc<Mutex<Vsock>>,
+    vsock_slot: usize,
+    transports: Vec<Arc<MmioTransport>>,
+    epoll: Epoll,
+    sources: Vec<Source>,
+    stop_reported: bool,
+    _vm: Vm,
+    _memory: GuestMemory,
+}
+
+impl Machine {
+    /// Builds the VM with kernel and initramfs in place. Nothing runs.
+    pub fn new(config: VmConfig) -> Result<Machine, Error> {
+        let plan = plan::plan(config.vcpus, config.memory_mib, &config.command_line)?;
+        let memory = memory::create(&plan.memory).map_err(|error| Error::Memory(error.into()))?;
+        let entry = load_guest(&memory, &plan, &config)?;
+        let vm = Vm::new(config.kvm, &memory)?;
+        let vcpus = create_vcpus(&vm, &plan, entry)?;
+        let devices = Devices::new(&plan, &memory)?;
+        let epoll = Epoll::new().map_err(Error::EventLoop)?;
+        let (bus, uart) = wire(&vm, &plan, &devices.transports)?;
+        let shared = VcpuShared::new(bus, uart.clone())
+            .map_err(|error| Error::Create("an event fd", error))?;
+        let mut machine = Machine {
+            vcpu_threads: None,
+            vcpus,
+            shared: Arc::new(shared),
+            uart,
+            files: devices.files,
+            vsock: devices.vsock,
+            vsock_slot: slot_of(&plan, SlotKind::Vsock),
+            transports: devices.transports,
+            epoll,
+            sources: Vec::new(),
+            stop_reported: false,
+            _vm: vm,
+            _memory: memory,
+        };
+        machine.register_sources().map_err(Error::EventLoop)?;
+        Ok(machine)
+    }
+
+    /// Plugs the file system slot: `root` becomes the root of the share.
+    pub fn share_files(&mut self, root: OwnedFd) -> Result<(), Error> {
+        lock(&self.files).plug(root).map_err(Error::Share)
+    }
+
+    /// Lets the guest connect once to `port` of the host; bytes go between that connection and `stream`.
+    pub fn accept_stream(&mut self, port: u32, stream: HostStream) -> Result<(), Error> {
+        lock(&self.vsock)
+            .accept_stream(port, stream)
+            .map_err(|error| Error::Stream(port, error))
+    }
+
+    /// Forgets a stream and resets its connection.
+    pub fn close_stream(&mut self, port: u32) {
+        let result = lock(&self.vsock).close_stream(port);
+        self.transports[self.vsock_slot].settle(result);
+    }
+
+    /// Lets the vCPUs run.
+    pub fn start(&mut self) -> Result<(), Error> {
+        let vcpus = std::mem::take(&mut self.vcpus);
+        let threads = VcpuThreads::start(vcpus, self.shared.clone())
+            .map_err(|error| Error::Create("a vCPU thread", error))?;
+        self.vcpu_threads = Some(threads);
+        Ok(())
+    }
+
+    /// Returns when no vCPU is in the guest.
+    pub fn pause(&mut self) {
+        if let Some(threads) = &self.vcpu_threads {
+            threads.pause();
+        }
+    }
+
+    pub fn resume(&mut self) {
+        if let Some(threads) = &self.vcpu_threads {
+            threads.resume();
+        }
+    }
+
+    /// The last output of the guest on its boot console, printable characters only.
+    pub fn console_tail(&self) -> String {
+        self.uart.tail()
+    }
+
+    /// Does what is to be done now; to be called when the machine's file descriptor is readable. Never blocks.
+    pub fn dispatch(&mut self) -> Result<Vec<MachineEvent>, Error> {
+        let mut ready = [EpollEvent::default(); 16];
+        let count = loop {
+            match self.epoll.wait(0, &mut ready) {
+                Ok(count) => break count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::EventLoop(error)),
+            }
+        };
+        let mut events = Vec::new();
+        for event in &ready[..count] {
+            let token = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            match self.sources.get(token) {
+                Some(Source::Kick { slot, queue }) => self.transports[*slot].process_queue(*queue),
+                Some(Source::Device { slot }) => self.transports[*slot].process_event(),
+                Some(Source::VcpuStop) | None => self.report_stop(&mut events),
+            }
+        }
+        let closed = lock(&self.vsock).take_closed();
+        events.extend(closed.into_iter().map(|port| MachineEvent::StreamClosed { port }));
+        Ok(events)
+    }
+
+    fn report_stop(&mut self, events: &mut Vec<MachineEvent>) {
+        let _ = self.shared.stop_event.read();
+        if let (Some(reason), false) = (self.shared.stop_reason(), self.stop_reported) {
+            self.stop_reported = true;
+            events.push(MachineEvent::Stopped(reason));
+        }
+    }
+
+    fn register_sources(&mut self) -> std::io::Result<()> {
+        use std::os::fd::AsRawFd;
+        self.watch(self.shared.stop_event.as_raw_fd(), Source::VcpuStop)?;
+        for slot in 0..self.transports.len() {
+            let transport = self.transports[slot].clone();
+            let (kicks, event_source) = {
+                let device = transport.device();
+                (device.kicks(), device.event_source())
+            };
+            if kicks == Kicks::EventLoop {
+                for (queue, kick) in transport.kicks().iter().enumerate() {
+                    self.watch(kick.as_raw_fd(), Source::Kick { slot, queue })?;
+                }
+            }
+            if let Some(fd) = event_source {
+                self.watch(fd, Source::Device { slot })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, fd: RawFd, source: Source) -> std::io::Result<()> {
+        let token = self.sources.len() as u64;
+        self.sources.push(source);
+        let event = EpollEvent::new(EventSet::IN, token);
+        self.epoll.ctl(ControlOperation::Add, fd, event)
+    }
+}
+
+impl AsFd for Machine {
+    /// Readable when [`Machine::dispatch`] has something to do.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the epoll instance is open as long as `self`, from which the lifetime comes.
+        unsafe { BorrowedFd::borrow_raw(self.epoll.as_raw_fd()) }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn slot_of(plan: &VmPlan, kind: SlotKind) -> usize {
+    plan.slots
+        .iter()
+        .position(|slot| slot.kind == kind)
+        .expect("each VM has one slot of each kind")
+}
+
+/// Brings kernel, initramfs, command line and tables into guest memory. Returns the entry point.
+fn load_guest(memory: &GuestMemory, plan: &VmPlan, config: &VmConfig) -> Result<u64, Error> {
+    let top = plan.low_memory_end();
+    let kernel = kernel::load(memory, &config.kernel, top)
+        .map_err(|error| Error::Boot(error.into()))?;
+    let initramfs = initramfs::load(memory, &config.initramfs, kernel.end, top)
+        .map_err(|error| Error::Boot(error.into()))?;
+    let mut command_line = Cmdline::new(layout::COMMAND_LINE_SIZE)
+        .map_err(|error| Error::Boot(error.into()))?;
+    command_line
+        .insert_str(&plan.command_line)
+        .map_err(|error| Error::Boot(error.into()))?;
+    load_cmdline(memory, GuestAddress(layout::COMMAND_LINE), &command_line)
+        .map_err(|error| Error::Boot(error.into()))?;
+    let table = mptable::mptable(plan.vcpus);
+    memory
+        .write_slice(&table, GuestAddress(layout::MPTABLE))
+        .and_then(|()| boot_params::write(memory, initramfs, &plan.ram))
+        .map_err(|error| Error::Memory(error.into()))?;
+    Ok(kernel.entry)
+}
+
+fn create_vcpus(vm: &Vm, plan: &VmPlan, entry: u64) -> Result<Vec<VcpuFd>, Error> {
+    let mut vcpus = Vec::with_capacity(usize::from(plan.vcpus));
+    for index in 0..plan.vcpus {
+        let vcpu = vm.create_vcpu(index)?;
+        vcpu.set_cpuid2(&cpuid::for_vcpu(vm.cpuid(), index, plan.vcpus))
+            .map_err(failed("set the CPUID of a vCPU"))?;
+        registers::set_msrs(&vcpu).map_err(failed("set the MSRs of a vCPU"))?;
+        if index == 0 {
+            registers::set_boot_registers(&vcpu, entry)
+                .map_err(failed("set the registers of the boot CPU"))?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// The virtio devices: those that the machine talks to by their own type, and the transport of each slot.
+struct Devices {
+    files: Arc<Mutex<Fs>>,
+    vsock: Arc<Mutex<Vsock>>,
+    transports: Vec<Arc<MmioTransport>>,
+}
+
+impl Devices {
+    fn new(plan: &VmPlan, memory: &GuestMemory) -> Result<Devices, Error> {
+        let files = Fs::new().map_err(|error| Error::Create("the file system device", error))?;
+        let vsock = Vsock::new(GUEST_CID).map_err(|error| Error::Create("the vsock device", error))?;
+        let files = Arc::new(Mutex::new(files));
+        let vsock = Arc::new(Mutex::new(vsock));
+        let mut transports = Vec::with_capacity(plan.slots.len());
+        for slot in &plan.slots {
+            let device: Arc<Mutex<dyn VirtioDevice>> = match slot.kind {
+                SlotKind::Files => files.clone(),
+                SlotKind::Vsock => vsock.clone(),
+                SlotKind::Entropy => Arc::new(Mutex::new(Rng::new())),
+                SlotKind::Balloon => Arc::new(Mutex::new(Balloon::new())),
+            };
+            let transport = MmioTransport::new(device, memory.clone())
+                .map_err(|error| Error::Create("an event fd", error))?;
+            transports.push(Arc::new(transport));
+        }
+        Ok(Devices {
+            files,
+            vsock,
+            transports,
+        })
+    }
+}
+
+/// Puts the devices on the bus and connects their event fds to KVM: the last calls before the vCPUs run.
+fn wire(
+    vm: &Vm,
+    plan: &VmPlan,
+    transports: &[Arc<MmioTransport>],
+) -> Result<(Bus, Arc<Uart>), Error> {
+    let mut bus = Bus::default();
+    for (slot, transport) in plan.slots.iter().zip(transports) {
+        bus.add(slot.address, layout::VIRTIO_SLOT_SIZE, transport.clone());
+        vm.connect_interrupt(transport.interrupt().line(), slot.pin)?;
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            vm.connect_kick(kick, slot.address + QUEUE_NOTIFY_OFFSET, queue)?;
+        }
+    }
+    let ioapic = Ioapic::new(vm.route_setter());
+    bus.add(layout::IOAPIC, layout::IOAPIC_SIZE, Arc::new(ioapic));
+    Ok((bus, Arc::new(Uart::default())))
+}
