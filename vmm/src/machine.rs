@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The boot recipe and the event loop of one VM.
 
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -155,6 +156,11 @@ impl Machine {
         if let Some(threads) = &self.vcpu_threads {
             threads.resume();
         }
+    }
+
+    /// Writes what the guest prints on its boot console to `file`: for debugging, since it is as much as the guest likes.
+    pub fn echo_console(&mut self, file: File) {
+        self.uart.echo(file);
     }
 
     /// The last output of the guest on its boot console, printable characters only.

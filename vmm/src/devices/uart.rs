@@ -2,6 +2,8 @@
 //! The boot console: the transmit half of a 16550, always ready. What the guest prints is kept for error messages.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
 use std::sync::Mutex;
 
 /// Line status register: transmitter empty, holding register empty.
@@ -23,6 +25,7 @@ pub(crate) struct Uart {
 struct State {
     line_control: u8,
     output: VecDeque<u8>,
+    echo: Option<File>,
 }
 
 impl Uart {
@@ -42,10 +45,19 @@ impl Uart {
                     state.output.pop_front();
                 }
                 state.output.push_back(value);
+                if let Some(echo) = &mut state.echo {
+                    // For whoever debugs a boot: nothing depends on it.
+                    let _ = echo.write_all(&[value]);
+                }
             }
             LINE_CONTROL => state.line_control = value,
             _ => {}
         }
+    }
+
+    /// Writes all further output to `file` too.
+    pub(crate) fn echo(&self, file: File) {
+        self.lock().echo = Some(file);
     }
 
     /// The last output, printable ASCII only: the guest's bytes go to terminals and logs.
