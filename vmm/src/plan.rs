@@ -49,7 +49,7 @@ impl VmPlan {
 }
 
 /// Parameters that every boot needs; the README of the guest kernel gives the reasons.
-const COMMAND_LINE: &str = "earlyprintk=serial,ttyS0,115200,keep quiet panic=-1 reboot=t \
+const COMMAND_LINE: &str = "loglevel=3 earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=t \
     tsc=reliable no_timer_check random.trust_cpu=on rdinit=/init";
 
 pub(crate) fn plan(
