@@ -67,9 +67,14 @@ impl Drop for Bundle {
 
 impl BundleBuilder {
     fn new(args: &[&str], rootfs: Rootfs) -> BundleBuilder {
-        BundleBuilder {
-            config: default_config(args),
-            rootfs,
+        let shared = matches!(rootfs, Rootfs::Debian);
+        let config = default_config(args);
+        let builder = BundleBuilder { config, rootfs };
+        if shared {
+            let builder = builder.set("/root/readonly", true);
+            builder.mount("/tmp", "tmpfs", "tmpfs", &["nosuid", "nodev", "mode=1777"])
+        } else {
+            builder
         }
     }
 
