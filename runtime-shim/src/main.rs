@@ -1,2 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
-fn main() {}
+//! The `sandbox` command.
+
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+
+use runtime_shim::cli::{Cli, CliError, Command};
+use runtime_shim::{commands, logging};
+
+fn main() -> ExitCode {
+    let cli = match Cli::from_arguments(std::env::args_os().collect()) {
+        Ok(cli) => cli,
+        Err(CliError::Print(text)) => {
+            // Nobody is left to tell if stdout is gone.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&error, 1),
+    };
+    // Engines tell an exec that could not be from one that failed by this.
+    let failure = if matches!(cli.command, Command::Exec(_)) {
+        255
+    } else {
+        1
+    };
+    if let Err(error) = logging::init(&cli.global) {
+        return fail(&error, failure);
+    }
+    match commands::run(cli) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => fail(&error, failure),
+    }
+}
+
+/// The error and its sources in one line.
+fn fail(error: &dyn Error, status: u8) -> ExitCode {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        message.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    logging::fatal(&message);
+    ExitCode::from(status)
+}
