@@ -17,9 +17,10 @@ pub const OCI_VERSION: &str = "1.3.0";
 
 /// An OCI runtime that runs each container in a microVM.
 ///
-/// The command line is runc's, so engines use it unchanged. To try it by hand, make a directory with
-/// a root file system in `rootfs`, write a config.json with `sandbox spec`, and start it with
-/// `sandbox run DIRECTORY/`. `sandbox check` tells whether this host can run it.
+/// The command line is runc's, so engines use it unchanged. To try it by hand: put a
+/// root file system into DIRECTORY/rootfs, write DIRECTORY/config.json with
+/// `sandbox spec -b DIRECTORY`, and start it with `sandbox run DIRECTORY/`.
+/// `sandbox check` tells whether this host can run containers in microVMs.
 #[derive(Debug, Parser)]
 #[command(
     name = "sandbox",
@@ -28,7 +29,7 @@ pub const OCI_VERSION: &str = "1.3.0";
     subcommand_required = true,
     subcommand_value_name = "COMMAND",
     subcommand_help_heading = "Commands",
-    max_term_width = 100
+    verbatim_doc_comment
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -73,7 +74,7 @@ pub struct Global {
     pub criu: Option<PathBuf>,
     /// Print the version
     #[arg(long, short = 'v', visible_short_alias = 'V', action = ArgAction::Version)]
-    version: Option<bool>,
+    pub version: Option<bool>,
 }
 
 impl Global {
@@ -139,9 +140,10 @@ pub enum TextFormat {
 pub enum Command {
     /// Run a container and wait for it
     ///
-    /// Creates and starts a container from a bundle, forwards signals and the terminal, and exits with
-    /// the container's exit status. BUNDLE is a directory with a config.json; ID is made up if absent.
-    #[command(display_order = 1)]
+    /// Creates and starts a container from a bundle, forwards signals and the terminal, and exits
+    /// with the container's exit status. BUNDLE is a directory with a config.json; a single
+    /// argument is one if it has a slash. ID is made up if absent.
+    #[command(display_order = 1, verbatim_doc_comment)]
     Run(Run),
     /// Create a container, to be started later
     #[command(display_order = 2)]
@@ -869,6 +871,11 @@ fn describe(root: &clap::Command, arguments: &[OsString], error: &clap::Error) -
             .map(clap::Command::get_name)
     });
     let option = text(ContextKind::InvalidArg).unwrap_or_default();
+    // `--log-format <FORMAT>` and `<ID>` without their frills.
+    let option = match option.split_once(" <") {
+        Some((option, _)) => option,
+        None => option.trim_matches(['<', '>', '[', ']', '.']),
+    };
     let value = text(ContextKind::InvalidValue).unwrap_or_default();
     let message = match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
