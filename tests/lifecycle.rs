@@ -9,12 +9,12 @@ use harness::{Bundle, Runtime};
 fn a_container_lives_its_life() {
     let runtime = Runtime::new();
     let bundle = Bundle::script("echo hello; sleep 1000").build();
-    let container = runtime.create(&bundle);
+    let container = runtime.create(bundle);
     let state = container.state();
     assert_eq!(state["status"], "created");
     assert_eq!(state["id"], container.id());
-    assert_eq!(state["bundle"], bundle.path().to_str().unwrap());
-    let pid = fs::read_to_string(bundle.path().join("pid")).unwrap();
+    assert_eq!(state["bundle"], container.bundle().path().to_str().unwrap());
+    let pid = fs::read_to_string(container.bundle().path().join("pid")).unwrap();
     assert_eq!(state["pid"].to_string(), pid.trim());
     assert!(fs::exists(format!("/proc/{}", pid.trim())).unwrap());
     assert_eq!(container.stdout(), "", "nothing runs before start");
@@ -35,7 +35,7 @@ fn a_container_lives_its_life() {
 #[test]
 fn what_the_state_forbids_is_refused() {
     let runtime = Runtime::new();
-    let container = runtime.create(&Bundle::busybox(&["/bin/sleep", "1000"]).build());
+    let container = runtime.create(Bundle::busybox(&["/bin/sleep", "1000"]).build());
     container.start();
     let again = container.call("start", &[]);
     assert_eq!(again.status, 1);
@@ -55,7 +55,7 @@ fn what_the_state_forbids_is_refused() {
 #[test]
 fn delete_force_ends_a_running_container() {
     let runtime = Runtime::new();
-    let container = runtime.create(&Bundle::busybox(&["/bin/sleep", "1000"]).build());
+    let container = runtime.create(Bundle::busybox(&["/bin/sleep", "1000"]).build());
     container.start();
     let pid = container.state()["pid"].to_string();
     container.call("delete", &["--force"]).ok();
@@ -68,8 +68,8 @@ fn delete_force_ends_a_running_container() {
 fn an_id_is_taken_once() {
     let runtime = Runtime::new();
     let bundle = Bundle::busybox(&["/bin/sleep", "1000"]).build();
-    let container = runtime.create(&bundle);
-    let path = bundle.path().to_str().unwrap();
+    let container = runtime.create(bundle);
+    let path = container.bundle().path().to_str().unwrap();
     let second = runtime.call(&["create", "-b", path, container.id()]);
     assert!(second.refusal().contains("exists"), "{second:?}");
     assert_eq!(container.status(), "created");
@@ -79,7 +79,7 @@ fn an_id_is_taken_once() {
 fn exec_runs_beside_the_init_process() {
     let runtime = Runtime::new();
     let bundle = Bundle::busybox(&["/bin/sleep", "1000"]).build();
-    let container = runtime.create(&bundle);
+    let container = runtime.create(bundle);
     container.start();
     assert_eq!(container.exec(&["/bin/hostname"]).ok(), "test-container");
     let processes = container.exec(&["/bin/ps"]);
@@ -99,9 +99,9 @@ fn exec_runs_beside_the_init_process() {
 fn a_detached_exec_has_a_pid_of_its_own() {
     let runtime = Runtime::new();
     let bundle = Bundle::busybox(&["/bin/sleep", "1000"]).build();
-    let container = runtime.create(&bundle);
+    let container = runtime.create(bundle);
     container.start();
-    let pid_file = bundle.path().join("exec.pid");
+    let pid_file = container.bundle().path().join("exec.pid");
     let id = container.id().to_owned();
     let mut command = runtime.command();
     command.args(["exec", "--detach", "--pid-file"]);
@@ -109,7 +109,7 @@ fn a_detached_exec_has_a_pid_of_its_own() {
     let status = command.stdin(std::process::Stdio::null()).status().unwrap();
     assert!(status.success());
     let pid: i32 = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
-    harness::wait_until("the exec runs", || bundle.rootfs().join("tmp/ran").exists());
+    harness::wait_until("the exec runs", || container.bundle().rootfs().join("tmp/ran").exists());
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     harness::wait_until("the exec ends", || {
@@ -122,7 +122,7 @@ fn a_detached_exec_has_a_pid_of_its_own() {
 fn pause_stops_the_clock_of_a_container() {
     let runtime = Runtime::new();
     let bundle = Bundle::script("while :; do echo tick; sleep 0.1; done").build();
-    let container = runtime.create(&bundle);
+    let container = runtime.create(bundle);
     container.start();
     harness::wait_until("ticks", || container.stdout().lines().count() > 2);
     container.call("pause", &[]).ok();
@@ -140,7 +140,7 @@ fn pause_stops_the_clock_of_a_container() {
 #[test]
 fn a_killed_monitor_leaves_a_stopped_container() {
     let runtime = Runtime::new();
-    let container = runtime.create(&Bundle::busybox(&["/bin/sleep", "1000"]).build());
+    let container = runtime.create(Bundle::busybox(&["/bin/sleep", "1000"]).build());
     container.start();
     let pid = i32::try_from(container.state()["pid"].as_i64().unwrap()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();

@@ -29,12 +29,12 @@ fn the_pids_limit_stops_a_fork_bomb() {
     // The shell itself gives up when it cannot fork: what counts is that it did not get fifty.
     assert_ne!(outcome.text().trim(), "max");
     let container = runtime.create(
-        &Bundle::busybox(&["/bin/sleep", "1000"]).set("/linux/resources/pids/limit", 5).build(),
+        Bundle::busybox(&["/bin/sleep", "1000"]).set("/linux/resources/pids/limit", 30).build(),
     );
     container.start();
-    let outcome = container.exec(&["/bin/sh", "-c", "for i in 1 2 3 4 5 6; do sleep 3 & done; wait"]);
+    let outcome = container.exec(&["/bin/sh", "-c", "for i in $(seq 40); do sleep 3 & done; wait"]);
     assert!(outcome.stderr.contains("can't fork"), "{outcome:?}");
-    assert_eq!(container.exec(&["/bin/cat", "/sys/fs/cgroup/pids.max"]).ok(), "5");
+    assert_eq!(container.exec(&["/bin/cat", "/sys/fs/cgroup/pids.max"]).ok(), "30");
 }
 
 #[test]

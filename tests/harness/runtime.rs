@@ -115,11 +115,11 @@ impl Runtime {
     }
 
     /// A container created and not started, with its output in files.
-    pub fn create<'a>(&'a self, bundle: &Bundle) -> Container<'a> {
+    pub fn create(&self, bundle: Bundle) -> Container<'_> {
         self.try_create(bundle).unwrap_or_else(|outcome| panic!("create failed: {outcome:?}"))
     }
 
-    pub fn try_create<'a>(&'a self, bundle: &Bundle) -> Result<Container<'a>, Outcome> {
+    pub fn try_create(&self, bundle: Bundle) -> Result<Container<'_>, Outcome> {
         let id = new_id();
         let output = bundle.path().join("stdout");
         let errors = bundle.path().join("stderr");
@@ -142,7 +142,7 @@ impl Runtime {
                 stderr: fs::read_to_string(&errors).unwrap(),
             });
         }
-        Ok(Container { runtime: self, id, output, errors })
+        Ok(Container { runtime: self, id, output, errors, bundle })
     }
 }
 
@@ -165,9 +165,14 @@ pub struct Container<'a> {
     id: String,
     output: PathBuf,
     errors: PathBuf,
+    bundle: Bundle,
 }
 
 impl Container<'_> {
+    pub fn bundle(&self) -> &Bundle {
+        &self.bundle
+    }
+
     pub fn id(&self) -> &str {
         &self.id
     }
