@@ -293,7 +293,7 @@ mod tests {
     const WRITE: u16 = 2;
     const NEXT: u16 = 1;
     const INDIRECT: u16 = 4;
-    const AVAILABLE: u64 = 0x1000;
+    const AVAILABLE: u32 = 0x1000;
 
     fn memory() -> GuestMemory {
         GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000), (GuestAddress(0x10000), 0x10000)])
@@ -304,7 +304,7 @@ mod tests {
     fn queue(memory: &GuestMemory, descriptors: &[(u64, u32, u16, u16)]) -> Queue {
         let mut queue = Queue::new(16).expect("queue");
         queue.set_desc_table_address(Some(0), Some(0));
-        queue.set_avail_ring_address(Some(AVAILABLE as u32), Some(0));
+        queue.set_avail_ring_address(Some(AVAILABLE), Some(0));
         queue.set_used_ring_address(Some(0x2000), Some(0));
         queue.set_ready(true);
         for (slot, (address, length, flags, next)) in (0u64..).zip(descriptors) {
@@ -314,7 +314,7 @@ mod tests {
                 .expect("descriptor");
         }
         memory
-            .write_obj(1u16, GuestAddress(AVAILABLE + 2))
+            .write_obj(1u16, GuestAddress(u64::from(AVAILABLE) + 2))
             .expect("index");
         queue
     }
@@ -418,7 +418,7 @@ mod tests {
         let memory = memory();
         let mut queue = queue(&memory, &[(0x8000, 8, 0, 0)]);
         memory
-            .write_obj(17u16, GuestAddress(AVAILABLE + 2))
+            .write_obj(17u16, GuestAddress(u64::from(AVAILABLE) + 2))
             .expect("index");
         assert!(matches!(
             pop(3, &mut queue, &memory),

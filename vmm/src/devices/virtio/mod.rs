@@ -3,6 +3,7 @@
 //! and the error for a guest that breaks the rules.
 
 pub(crate) mod chain;
+pub(crate) mod fs;
 pub(crate) mod interrupt;
 pub(crate) mod mmio;
 #[cfg(test)]

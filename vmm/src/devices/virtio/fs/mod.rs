@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//! virtio-fs: virtio 1.2, 5.11. A tree of the host as a file system of the guest, served in this process.
+//!
+//! A request goes from `worker` (virtqueues) through `server` and `request` (the FUSE protocol) to `passthrough`, `file`,
+//! `directory` and `xattr` (what it does), which find host files by `inodes` and `handles`.
+
+mod abi;
+mod credentials;
+mod directory;
+mod file;
+mod handles;
+mod inert;
+mod inodes;
+mod name;
+mod passthrough;
+mod request;
+mod self_fd;
+mod server;
+#[cfg(test)]
+mod test_support;
+#[cfg(test)]
+mod tests;
+mod worker;
+mod xattr;
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::process::{Resource, getrlimit};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+
+use super::{ActivateError, Activation, GuestFault, Kicks, VirtioDevice};
+use passthrough::Budget;
+use server::Server;
+use worker::Workers;
+
+/// virtio 1.2, 5.11.1.
+const DEVICE_TYPE: u32 = 26;
+/// The high-priority queue, then one request queue. A request of 1 MiB takes 260 descriptors at most.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const REQUEST_QUEUES: u32 = 1;
+/// virtio 1.2, 5.11.4: `tag`, padded with zeroes, then `num_request_queues`.
+const TAG_SIZE: usize = 36;
+const CONFIG_SIZE: usize = TAG_SIZE + size_of::<u32>();
+const THREADS: usize = 1;
+
+/// The file system device.
+#[derive(Debug)]
+pub(crate) struct Fs {
+    config: [u8; CONFIG_SIZE],
+    server: Arc<Server>,
+    memory_size: u64,
+    workers: Option<Workers>,
+}
+
+impl Fs {
+    /// A device that the guest mounts as `tag`, for a guest with `memory_size` bytes of memory. To be made in the process
+    /// that serves it, while `/proc` is there; after that no path of the host is looked up any more.
+    pub(crate) fn new(tag: &str, memory_size: u64) -> io::Result<Fs> {
+        if tag.is_empty() || tag.len() > TAG_SIZE {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut config = [0; CONFIG_SIZE];
+        config[..tag.len()].copy_from_slice(tag.as_bytes());
+        config[TAG_SIZE..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        Ok(Fs {
+            config,
+            server: Arc::new(Server::new()?),
+            memory_size,
+            workers: None,
+        })
+    }
+
+    /// Makes the directory `root` the root of the share. Below the names in `private` nobody but the guest is expected to
+    /// change files, so that the guest may cache them for long. To be called when the limit of open files is final.
+    pub(crate) fn plug(&mut self, root: OwnedFd, private: &[&str]) -> io::Result<()> {
+        let private = private.iter().copied().map(CString::new);
+        let private = private.collect::<Result<Vec<CString>, _>>()?;
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let budget = Budget::new(descriptors, self.memory_size);
+        self.server.plug(root, private, budget)
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn kicks(&self) -> Kicks {
+        Kicks::Device
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let rest = usize::try_from(offset).ok();
+        let rest = rest.and_then(|offset| self.config.get(offset..));
+        for (to, from) in data.iter_mut().zip(rest.unwrap_or_default()) {
+            *to = *from;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let workers = Workers::start(THREADS, &self.server, activation);
+        self.workers = Some(workers.map_err(ActivateError::Thread)?);
+        Ok(())
+    }
+
+    fn process_queue(&mut self, _index: usize) -> Result<(), GuestFault> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.workers = None;
+        self.server.disconnect();
+    }
+}

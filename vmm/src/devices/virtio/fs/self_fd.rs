@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//! System calls on what an `O_PATH` descriptor stands for.
+//!
+//! Such a descriptor pins one file without opening it; its type can be looked at first. To open, change or link that
+//! very file, whatever its name leads to meanwhile, one goes through its entry in `/proc/self/fd`. A descriptor of that
+//! directory goes on working after the process has left for a root without `/proc`, in threads with other
+//! credentials, and in a process that is not dumpable.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+use rustix::path::DecInt;
+
+/// What is asked of every file.
+const WANTED: StatxFlags = StatxFlags::BASIC_STATS
+    .union(StatxFlags::BTIME)
+    .union(StatxFlags::MNT_ID);
+
+/// `/proc/self/fd` of this process.
+#[derive(Debug)]
+pub(super) struct SelfFd(OwnedFd);
+
+impl SelfFd {
+    /// To be called in the process that will use it, while `/proc` is still there.
+    pub(super) fn open() -> io::Result<SelfFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(SelfFd(rustix::fs::openat(
+            CWD,
+            c"/proc/self/fd",
+            flags,
+            Mode::empty(),
+        )?))
+    }
+
+    /// Opens the file that `path` pins. The caller knows that it is a regular file or a directory: opening anything
+    /// else may block or reach a driver.
+    pub(super) fn reopen(&self, path: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
+        rustix::fs::openat(
+            &self.0,
+            DecInt::from_fd(path),
+            flags | OFlags::CLOEXEC | OFlags::NOCTTY,
+            Mode::empty(),
+        )
+    }
+}
+
+impl AsFd for SelfFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Pins what `name` in `directory` is. Never follows a symbolic link; `name` is one component.
+pub(super) fn pin(directory: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(directory, name, flags, Mode::empty())
+}
+
+pub(super) fn stat_at(directory: impl AsFd, name: &CStr) -> Result<Statx, Errno> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(directory, name, flags, WANTED)
+}
+
+pub(super) fn stat(file: impl AsFd) -> Result<Statx, Errno> {
+    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, WANTED)
+}
+
+pub(super) fn file_type(stat: &Statx) -> FileType {
+    FileType::from_raw_mode(stat.stx_mode.into())
+}

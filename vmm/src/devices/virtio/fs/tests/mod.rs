@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The file server driven by raw requests.
+
+mod device;
+mod hostile;
+mod limits;
+mod semantics;
