@@ -10,6 +10,7 @@ use std::rc::Rc;
 use agent_protocol::{
     AgentError, CONTROL_PORT, ErrorKind, Event, FrameReader, FromAgent, Reply, ToAgent, encode,
 };
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
@@ -187,7 +188,15 @@ impl Core {
         let Some(share) = self.share.take() else {
             return Ok(());
         };
-        rustix::fs::syncfs(&share).stage("share: write back")?;
+        // A handle cannot be written back.
+        openat(
+            &share,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .and_then(rustix::fs::syncfs)
+        .stage("share: write back")?;
         drop(share);
         match self.share_source {
             ShareSource::VirtioFs => early::unmount_share(),

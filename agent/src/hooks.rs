@@ -30,13 +30,10 @@ pub(crate) fn run(hooks: &[Hook], state: &str) -> Result<()> {
 
 #[derive(Debug, thiserror::Error)]
 enum HookError {
-    #[error("{0}: {why}", why = reason(std::io::Error::from(*.1)))]
+    #[error("{0}: {why}", why = reason(*.1))]
     System(&'static str, rustix::io::Errno),
-    #[error("{path}: {why}", why = reason(std::io::Error::from(*.cause)))]
-    Start {
-        path: String,
-        cause: std::io::ErrorKind,
-    },
+    #[error("{path}: {why}")]
+    Start { path: String, why: String },
     #[error("{path}: no end after {seconds} s")]
     Timeout { path: String, seconds: u32 },
     #[error("{how}, stderr: {stderr}")]
@@ -72,7 +69,7 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), HookError> {
         .spawn()
         .map_err(|cause| HookError::Start {
             path: hook.path.clone(),
-            cause: cause.kind(),
+            why: reason(cause),
         })?;
     match wait(&mut child, hook.timeout)? {
         Some(status) if status.success() => Ok(()),

@@ -144,9 +144,19 @@ fn close_range(first: u32, last: u32, flags: libc::c_uint) -> Result<()> {
 /// Gives every signal its default action and blocks none.
 pub(crate) fn reset_signals() -> Result<()> {
     for signal in 1..=64 {
-        // SAFETY: setting a default action runs no code. Failure for KILL, STOP and the two that the
-        // C library keeps to itself is expected; these are at their defaults.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: the action, SIG_DFL with no flags and an empty mask, is all zeroes and is read only.
+        // The C library's own call would leave out the two signals that it keeps to itself. Failure for
+        // KILL and STOP is expected; these are at their defaults.
+        unsafe {
+            let action = [0u64; 4];
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                action.as_ptr(),
+                ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            );
+        }
     }
     // SAFETY: the set is initialised by sigemptyset before it is read.
     check(
