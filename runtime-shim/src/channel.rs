@@ -84,6 +84,11 @@ impl Channel {
         !self.outgoing.is_empty()
     }
 
+    /// Bytes that wait to be sent.
+    pub fn backlog(&self) -> usize {
+        self.outgoing.len()
+    }
+
     fn flush_with(&mut self, mut fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         while !self.outgoing.is_empty() {
             match send_once(self.socket.as_fd(), &self.outgoing, fds) {
@@ -204,15 +209,25 @@ pub fn wait(
     flags: PollFlags,
     deadline: Option<Instant>,
 ) -> Result<(), Error> {
+    poll_until(&mut [PollFd::new(&fd, flags)], deadline)
+}
+
+/// Waits until one of the descriptors is ready, which their `revents` tell.
+pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<(), Error> {
     loop {
-        let mut fds = [PollFd::new(&fd, flags)];
-        match poll(&mut fds, remaining(deadline).as_ref()) {
+        match poll(fds, remaining(deadline).as_ref()) {
             Ok(0) => return Err(Error::TimedOut),
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(error) => return Err(Error::Wait(error.into())),
         }
     }
+}
+
+/// Waits until one of several descriptors can be read.
+pub fn wait_for_any(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result<(), Error> {
+    let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+    poll_until(&mut fds, deadline)
 }
 
 /// The time until a deadline as the system calls want it; none: for ever.

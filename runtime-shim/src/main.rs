@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use runtime_shim::cli::{Cli, CliError, Command};
-use runtime_shim::{commands, logging};
+use runtime_shim::{commands, logging, sandbox};
 
 fn main() -> ExitCode {
     let cli = match Cli::from_arguments(std::env::args_os().collect()) {
@@ -24,6 +24,12 @@ fn main() -> ExitCode {
     } else {
         1
     };
+    // Before anything is opened: it outlives the one that left these open, and must not hold them.
+    if let Command::Monitor(arguments) = &cli.command
+        && let Err(error) = sandbox::close_inherited_except(arguments.fd)
+    {
+        return fail(&error, failure);
+    }
     if let Err(error) = logging::init(&cli.global) {
         return fail(&error, failure);
     }
@@ -35,12 +41,6 @@ fn main() -> ExitCode {
 
 /// The error and its sources in one line.
 fn fail(error: &dyn Error, status: u8) -> ExitCode {
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        message.push_str(&format!(": {error}"));
-        source = error.source();
-    }
-    logging::fatal(&message);
+    logging::fatal(&commands::chain(error));
     ExitCode::from(status)
 }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, mkdirat, open, openat};
@@ -174,7 +174,6 @@ fn set_attributes(
         propagation: u64,
         user_namespace: u64,
     }
-    use std::os::fd::AsRawFd;
     let mut flags = AtFlags::EMPTY_PATH.bits();
     if recursive {
         // The AT_RECURSIVE of open_tree(2).
@@ -235,19 +234,34 @@ fn limit(open_files: Option<u64>) -> Result<(), Error> {
     step("open file limit", setrlimit(Resource::Nofile, all))
 }
 
-/// Closes what the caller of the verb has left open, except the standard streams and one more.
+/// Closes what the caller of the verb has left open, except the standard streams and one more: to be
+/// called before the process opens anything.
 pub fn close_inherited_except(keep: i32) -> Result<(), Error> {
-    let keep = keep.unsigned_abs();
-    close_range(3, keep.saturating_sub(1))?;
-    close_range(keep + 1, u32::MAX)
+    close_around(vec![keep.unsigned_abs()])
+}
+
+/// Closes everything but the standard streams and a few more. Owners of what is closed must not be
+/// used or dropped any more: this is for a forked process that never returns to them.
+pub fn close_all_but(keep: &[BorrowedFd<'_>]) -> Result<(), Error> {
+    let keep = keep.iter().map(|fd| fd.as_raw_fd().unsigned_abs());
+    close_around(keep.collect())
+}
+
+fn close_around(mut keep: Vec<u32>) -> Result<(), Error> {
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep.into_iter().filter(|fd| *fd >= 3) {
+        close_range(first, fd - 1)?;
+        first = fd + 1;
+    }
+    close_range(first, u32::MAX)
 }
 
 fn close_range(first: u32, last: u32) -> Result<(), Error> {
     if first > last {
         return Ok(());
     }
-    // SAFETY: called before the process owns any descriptor beyond the standard streams and the one
-    // that is kept, so nothing that is closed here has an owner that would use or close it again.
+    // SAFETY: the callers see to it that what is closed has no owner that would use or close it again.
     match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
         0 => Ok(()),
         _ => Err(Error::Step("close inherited files", io::Error::last_os_error())),

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::{IdError, validate_id};
 use crate::identity::Identity;
+use crate::plan::VmShape;
 use crate::status::Status;
 
 /// Of the state file. A larger number is refused, a smaller one would be converted.
@@ -92,6 +93,7 @@ pub struct State {
     /// Directories of the container's cgroup on the host, one for each hierarchy.
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
+    pub vm: VmShape,
 }
 
 /// The state as the runtime specification has it, with runc's further fields.

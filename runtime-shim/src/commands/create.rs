@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `create`, and what `run` has in common with it.
+//!
+//! Everything that a bundle can have wrong is found before the first side effect. Each later step has
+//! a guard that undoes it, and the guards are let go of last.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use agent_protocol::WindowSize;
+
+use super::Error;
+use crate::bundle::Bundle;
+use crate::cgroup::{Cgroup, Hierarchies};
+use crate::cli::{Create, CreateOptions, Global};
+use crate::console::{self, Pty};
+use crate::guest_files::GuestFiles;
+use crate::hooks::{self, Environment};
+use crate::identity::Identity;
+use crate::monitor::launch::Monitor;
+use crate::monitor::order::{Deadlines, Order, Report};
+use crate::plan::{self, CgroupLocation, HostFacts, HostPlan, Options, Plan};
+use crate::status::Status;
+use crate::store::{Locked, State, Store, VERSION, user_name};
+use crate::{channel, control, mount_points, pid_file, signal_fd, time};
+
+/// What becomes of the container after its creation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// It waits for `start`.
+    Create,
+    /// It is started and left alone.
+    Detached,
+    /// It is started and waited for.
+    Foreground,
+}
+
+/// What to create.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    pub global: &'a Global,
+    pub store: &'a Store,
+    pub bundle: &'a Path,
+    pub id: &'a str,
+    pub options: &'a CreateOptions,
+    pub mode: Mode,
+    /// Where signals that end the process arrive.
+    pub signals: BorrowedFd<'a>,
+}
+
+/// A container that has come into being. Its monitor is killed when this is dropped.
+#[derive(Debug)]
+pub struct Created {
+    pub container: Locked,
+    pub state: State,
+    pub monitor: Monitor,
+    /// The master of a terminal that nobody else got.
+    pub terminal: Option<OwnedFd>,
+    pub host: HostPlan,
+}
+
+pub fn run(store: &Store, global: &Global, arguments: &Create) -> Result<u8, Error> {
+    let signals = signal_fd::take().map_err(Error::Signals)?;
+    let wanted = Wanted {
+        global,
+        store,
+        bundle: &arguments.bundle,
+        id: &arguments.id,
+        options: &arguments.options,
+        mode: Mode::Create,
+        signals: signals.as_fd(),
+    };
+    let created = create(wanted)?;
+    created.monitor.release();
+    Ok(0)
+}
+
+/// Makes a container up to where its mode says, with its state saved and its pid file written.
+pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
+    let bundle = Bundle::load(wanted.bundle, wanted.options.config.as_deref())?;
+    let plan = make_plan(&bundle, wanted)?;
+    check_options(wanted, &plan)?;
+    let files = HostFiles::open()?;
+
+    let container = wanted.store.claim(wanted.id)?;
+    container.save_config(&bundle.config)?;
+    let mut state = initial_state(&bundle, wanted.id, &plan)?;
+    container.save(&state)?;
+    mount_points::make(&bundle.rootfs, &plan.host.mount_points)?;
+    let cgroup = make_cgroup(&plan.host)?;
+    let terminal = open_terminal(wanted, &plan)?;
+    let mut monitor = Monitor::spawn(wanted.id, terminal.is_none(), wanted.global)?;
+    if let Some(cgroup) = &cgroup {
+        cgroup.add(monitor.pid())?;
+        state.cgroups = cgroup.paths().to_vec();
+    }
+    give_order(&mut monitor, &container, &state, wanted, &plan, &files, terminal.as_ref())?;
+    run_hooks(&mut monitor, &state, &plan.host, wanted.signals)?;
+    monitor.expect(&Report::Created, wanted.signals)?;
+    let terminal = terminal.and_then(|terminal| terminal.into_own_master(wanted.options));
+    finish(wanted, container, cgroup, state, monitor, terminal, plan.host)
+}
+
+fn make_plan(bundle: &Bundle, wanted: Wanted<'_>) -> Result<Plan, Error> {
+    let options = Options {
+        id: wanted.id.to_owned(),
+        cgroup_manager: wanted.global.cgroup_manager(),
+    };
+    let mut plan = plan::plan(bundle, &options, &HostFacts::gather(bundle))?;
+    for warning in &plan.warnings {
+        log::warn!("{warning}");
+    }
+    if let Some(size) = &mut plan.guest.process.terminal
+        && *size == WindowSize::default()
+        && let (Mode::Foreground, Some(own)) = (wanted.mode, console::own_size())
+    {
+        *size = own;
+    }
+    Ok(plan)
+}
+
+fn check_options(wanted: Wanted<'_>, plan: &Plan) -> Result<(), Error> {
+    if wanted.options.preserve_fds > 0 {
+        return Err(Error::PreserveFds);
+    }
+    let terminal = plan.guest.process.terminal.is_some();
+    let attached = wanted.mode == Mode::Foreground;
+    super::check_console(terminal, attached, wanted.options.console_socket.as_deref())
+}
+
+/// What the monitor cannot open itself, or what is better known to be there before it starts.
+struct HostFiles {
+    kvm: File,
+    kernel: File,
+    initramfs: File,
+}
+
+impl HostFiles {
+    fn open() -> Result<HostFiles, Error> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let guest = GuestFiles::find()?;
+        let open = |path: PathBuf| File::open(&path).map_err(|error| Error::GuestFile(path, error));
+        Ok(HostFiles {
+            kvm: kvm.map_err(|source| Error::Kvm {
+                hint: kvm_hint(&source),
+                source,
+            })?,
+            kernel: open(guest.kernel)?,
+            initramfs: open(guest.initramfs)?,
+        })
+    }
+}
+
+fn kvm_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "virtualization is off, or the kvm module is not loaded; `sandbox check` tells more"
+        }
+        io::ErrorKind::PermissionDenied => "the user has to be in the group of /dev/kvm",
+        _ => "`sandbox check` tells more",
+    }
+}
+
+fn initial_state(bundle: &Bundle, id: &str, plan: &Plan) -> Result<State, Error> {
+    let own = i32::try_from(std::process::id()).ok().and_then(Identity::of);
+    Ok(State {
+        version: VERSION,
+        oci_version: bundle.spec.version().clone(),
+        id: id.to_owned(),
+        process: own.ok_or(Error::NoIdentity)?,
+        status: Status::Creating,
+        bundle: bundle.directory.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: time::now(),
+        owner: user_name(rustix::process::getuid().as_raw()),
+        annotations: plan.host.annotations.clone(),
+        cgroups: Vec::new(),
+        vm: plan.vm,
+    })
+}
+
+fn make_cgroup(host: &HostPlan) -> Result<Option<Cgroup>, Error> {
+    if host.cgroup == CgroupLocation::Unchanged {
+        return Ok(None);
+    }
+    let cgroup = Cgroup::create(&Hierarchies::detect()?, &host.cgroup)?;
+    cgroup.set(&host.limits)?;
+    Ok(Some(cgroup))
+}
+
+/// The terminal of the init process on the host.
+struct Terminal(Pty);
+
+impl Terminal {
+    /// Where the engine got the master, this process has no use for it.
+    fn into_own_master(self, options: &CreateOptions) -> Option<OwnedFd> {
+        options.console_socket.is_none().then_some(self.0.master)
+    }
+}
+
+fn open_terminal(wanted: Wanted<'_>, plan: &Plan) -> Result<Option<Terminal>, Error> {
+    let Some(size) = plan.guest.process.terminal else {
+        return Ok(None);
+    };
+    let pty = Pty::open(size)?;
+    if let Some(socket) = &wanted.options.console_socket {
+        pty.send_master(socket)?;
+    }
+    Ok(Some(Terminal(pty)))
+}
+
+fn give_order(
+    monitor: &mut Monitor,
+    container: &Locked,
+    state: &State,
+    wanted: Wanted<'_>,
+    plan: &Plan,
+    files: &HostFiles,
+    terminal: Option<&Terminal>,
+) -> Result<(), Error> {
+    let listener = control::listener(container.directory())?;
+    let mut guest = plan.guest.clone();
+    guest.state = oci_state(state, monitor.pid(), Status::Created)?;
+    let order = Order {
+        id: wanted.id.to_owned(),
+        guest,
+        vm: plan.vm,
+        shares: plan.host.shares.clone(),
+        network: plan.host.network.clone(),
+        open_files: plan.host.open_files,
+        oom_score_adj: plan.host.oom_score_adj,
+        start: wanted.mode != Mode::Create,
+        hooks: has_create_hooks(&plan.host),
+        terminal: terminal.is_some(),
+        deadlines: Deadlines::from_environment(),
+    };
+    let mut descriptors = vec![
+        listener.as_fd(),
+        files.kvm.as_fd(),
+        files.kernel.as_fd(),
+        files.initramfs.as_fd(),
+    ];
+    descriptors.extend(terminal.map(|terminal| terminal.0.slave.as_fd()));
+    Ok(monitor.order(&order, &descriptors)?)
+}
+
+fn has_create_hooks(host: &HostPlan) -> bool {
+    let hooks = &host.hooks;
+    let kinds = [&hooks.prestart, &hooks.create_runtime, &hooks.create_container];
+    kinds.into_iter().any(|hooks| !hooks.is_empty())
+}
+
+/// The hooks of create, with the container's namespaces in place and its files not yet shared.
+fn run_hooks(
+    monitor: &mut Monitor,
+    state: &State,
+    host: &HostPlan,
+    signals: BorrowedFd<'_>,
+) -> Result<(), Error> {
+    if !has_create_hooks(host) {
+        return Ok(());
+    }
+    monitor.expect(&Report::Namespaces, signals)?;
+    let network = File::open(format!("/proc/{}/ns/net", monitor.pid())).map_err(Error::Namespace)?;
+    let text = oci_state(state, monitor.pid(), Status::Creating)?;
+    let runtime = Environment {
+        state: &text,
+        directory: &state.bundle,
+        network: None,
+    };
+    let inside = Environment {
+        network: Some(network.as_fd()),
+        ..runtime
+    };
+    hooks::run("prestart", &host.hooks.prestart, &runtime)?;
+    hooks::run("createRuntime", &host.hooks.create_runtime, &runtime)?;
+    hooks::run("createContainer", &host.hooks.create_container, &inside)?;
+    Ok(monitor.go()?)
+}
+
+/// The OCI state as hooks get it.
+pub fn oci_state(state: &State, pid: i32, status: Status) -> Result<String, Error> {
+    let mut state = state.clone();
+    state.process.pid = pid;
+    serde_json::to_string(&state.oci(status)).map_err(|error| Error::Output(error.into()))
+}
+
+/// The container exists: now it is to stay.
+fn finish(
+    wanted: Wanted<'_>,
+    mut container: Locked,
+    cgroup: Option<Cgroup>,
+    mut state: State,
+    monitor: Monitor,
+    terminal: Option<OwnedFd>,
+    host: HostPlan,
+) -> Result<Created, Error> {
+    state.process = Identity::of(monitor.pid()).ok_or(Error::NoIdentity)?;
+    state.status = Status::Created;
+    container.save(&state)?;
+    if let Some(path) = &wanted.options.pid_file {
+        pid_file::write(path, monitor.pid())?;
+    }
+    if let Some(socket) = &wanted.options.pidfd_socket {
+        send_pidfd(socket, monitor.pidfd())?;
+    }
+    if let Some(mut cgroup) = cgroup {
+        cgroup.keep();
+    }
+    container.keep();
+    Ok(Created {
+        container,
+        state,
+        monitor,
+        terminal,
+        host,
+    })
+}
+
+pub fn send_pidfd(socket: &Path, pidfd: BorrowedFd<'_>) -> Result<(), Error> {
+    let fail = |error| Error::PidfdSocket(socket.to_owned(), error);
+    let stream = UnixStream::connect(socket).map_err(fail)?;
+    channel::send_once(stream.as_fd(), b"pidfd", &[pidfd]).map_err(|error| fail(error.into()))?;
+    Ok(())
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `pause`: freezes the container's processes in the guest.
+
+use super::{Error, live};
+use crate::control::Request;
+use crate::status::Status;
+use crate::store::Store;
+
+pub fn run(store: &Store, id: &str) -> Result<u8, Error> {
+    let container = store.lock(id)?;
+    let mut state = container.load()?;
+    state.status().can_pause()?;
+    live::connect(store, id)?.command(&Request::Pause, live::guest_deadline())?;
+    state.status = Status::Paused;
+    container.save(&state)?;
+    Ok(0)
+}

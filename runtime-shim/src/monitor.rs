@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The process that is a container as far as the host is concerned. It holds the VM, sits in the
+//! container's network namespace and cgroup, carries its stdio, stands in for it when signals come,
+//! and ends with its exit status.
+
+pub mod container;
+mod event_loop;
+pub mod launch;
+pub mod order;
+mod wording;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use agent_protocol::CONTROL_PORT;
+use rustix::process::{ioctl_tiocsctty, setsid};
+use rustix::thread::set_name;
+use vmm::{HostStream, Machine, VmConfig};
+
+use crate::channel::Channel;
+use crate::plan::Network;
+use crate::{sandbox, signal_fd, stdio};
+use container::{Container, Streams, Template};
+use event_loop::{EventLoop, Parts};
+use order::{FILES, Failure, Go, Order, Report, Stage, chain};
+
+/// The creating verb has everything ready when it starts the monitor.
+const ORDER: Duration = Duration::from_secs(30);
+
+/// Ends the process with the container's exit status. `fd` is the socket to the creating verb.
+pub fn run(fd: RawFd) -> ! {
+    let status = match creator(fd).and_then(take_order) {
+        Ok((creator, order, files)) => serve(creator, order, files),
+        Err(error) => {
+            log::error!("monitor: {error}");
+            1
+        }
+    };
+    // Nothing is dropped one by one: the VM ends with the process.
+    std::process::exit(status.into())
+}
+
+fn creator(fd: RawFd) -> Result<Channel, io::Error> {
+    // SAFETY: F_GETFD only looks the number up.
+    if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the descriptor is open, as just seen. The creating verb opened it for this process, in
+    // which nothing else knows of it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(Channel::new(socket))
+}
+
+fn take_order(mut creator: Channel) -> Result<(Channel, Order, Vec<OwnedFd>), io::Error> {
+    let order: Order = creator
+        .receive(Some(Instant::now() + ORDER))
+        .map_err(io::Error::other)?;
+    let files = creator
+        .take_fds(FILES.len() + usize::from(order.terminal))
+        .map_err(io::Error::other)?;
+    Ok((creator, order, files))
+}
+
+fn serve(mut creator: Channel, order: Order, files: Vec<OwnedFd>) -> u8 {
+    let parts = match set_up(&mut creator, order, files) {
+        Ok(Some(parts)) => parts,
+        Ok(None) => return 1,
+        Err(failure) => {
+            if creator.send(&Report::Failed(failure.clone())).is_err() {
+                log::error!("monitor: {failure}");
+            }
+            return 1;
+        }
+    };
+    match EventLoop::new(parts, creator) {
+        Ok(mut event_loop) => event_loop.run(),
+        Err(error) => {
+            log::error!("monitor: event loop: {error}");
+            1
+        }
+    }
+}
+
+/// From a process that a verb has started to a jailed one with a VM that is ready to run. None: the
+/// creating verb has given up.
+fn set_up(
+    creator: &mut Channel,
+    order: Order,
+    files: Vec<OwnedFd>,
+) -> Result<Option<Parts>, Failure> {
+    let owner = rustix::process::geteuid().as_raw();
+    let setup = at(Stage::Setup);
+    let files = Files::sort(files).map_err(&setup)?;
+    leave_caller(order.oom_score_adj).map_err(&setup)?;
+    let signals = signal_fd::take().map_err(&setup)?;
+    let terminal = files.terminal;
+    let streams = take_streams(terminal.as_ref()).map_err(&setup)?;
+    enter_network(&order.network)?;
+    tell(creator, Report::Namespaces)?;
+
+    tell(creator, Report::Stage(Stage::Machine))?;
+    // Before the jail: the file server needs a look at /proc.
+    let mut machine = Machine::new(VmConfig {
+        kvm: files.kvm,
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        vcpus: order.vm.vcpus,
+        memory_mib: order.vm.memory_mib,
+        command_line: Vec::new(),
+    })
+    .map_err(at(Stage::Machine))?;
+    if order.hooks && creator.receive::<Go>(None).is_err() {
+        return Ok(None);
+    }
+    tell(creator, Report::Stage(Stage::Jail))?;
+    let root = sandbox::enter(&order.shares, order.open_files).map_err(at(Stage::Jail))?;
+    machine.share_files(root, &["rootfs"]).map_err(at(Stage::Machine))?;
+    let agent = connect_agent(&mut machine)?;
+    tell(creator, Report::Stage(Stage::Boot))?;
+    let template = Template {
+        id: order.id,
+        guest: order.guest,
+        start: order.start,
+        streams,
+        deadlines: order.deadlines,
+    };
+    let (container, first) = Container::new(template, Instant::now());
+    Ok(Some(Parts {
+        machine,
+        agent,
+        container,
+        first,
+        listener: files.listener,
+        signals,
+        terminal,
+        owner,
+    }))
+}
+
+/// Gives the stage to an error.
+fn at<E: std::error::Error>(stage: Stage) -> impl Fn(E) -> Failure {
+    move |error| Failure::Host {
+        stage,
+        message: chain(&error),
+    }
+}
+
+fn tell(creator: &mut Channel, report: Report) -> Result<(), Failure> {
+    creator.send(&report).map_err(at(Stage::Setup))
+}
+
+/// The descriptors of an order by name.
+struct Files {
+    listener: OwnedFd,
+    kvm: File,
+    kernel: File,
+    initramfs: File,
+    terminal: Option<OwnedFd>,
+}
+
+impl Files {
+    fn sort(files: Vec<OwnedFd>) -> io::Result<Files> {
+        let mut files = files.into_iter();
+        let mut next = |name: &str| {
+            let missing = || io::Error::other(format!("{name} was not passed on"));
+            files.next().ok_or_else(missing)
+        };
+        let [listener, kvm, kernel, initramfs] = FILES;
+        Ok(Files {
+            listener: next(listener)?,
+            kvm: next(kvm)?.into(),
+            kernel: next(kernel)?.into(),
+            initramfs: next(initramfs)?.into(),
+            terminal: files.next(),
+        })
+    }
+}
+
+/// A session of its own, so that no terminal of the caller's reaches the process, and a name.
+fn leave_caller(oom_score_adj: Option<i32>) -> io::Result<()> {
+    setsid()?;
+    set_name(c"sandbox")?;
+    if let Some(score) = oom_score_adj {
+        std::fs::write("/proc/self/oom_score_adj", score.to_string())?;
+    }
+    Ok(())
+}
+
+/// Copies of the streams of the init process. What the caller gave is let go of.
+fn take_streams(terminal: Option<&OwnedFd>) -> io::Result<Streams> {
+    let streams = match terminal {
+        Some(terminal) => {
+            // Its window changes come as signals then.
+            ioctl_tiocsctty(terminal)?;
+            Streams::Terminal {
+                input: terminal.try_clone()?,
+                output: terminal.try_clone()?,
+            }
+        }
+        None => Streams::Separate {
+            stdin: stdio::stream(rustix::stdio::stdin())?,
+            stdout: stdio::stream(rustix::stdio::stdout())?,
+            stderr: stdio::stream(rustix::stdio::stderr())?,
+        },
+    };
+    stdio::detach()?;
+    Ok(streams)
+}
+
+fn enter_network(network: &Network) -> Result<(), Failure> {
+    let enter = || match network {
+        Network::New => sandbox::new_network(),
+        Network::Path(path) => sandbox::join_network(path),
+    };
+    sandbox::become_root_of_own_namespace()
+        .and_then(|()| enter())
+        .map_err(at(Stage::Setup))
+}
+
+/// The agent's connection ends in a socket pair.
+fn connect_agent(machine: &mut Machine) -> Result<OwnedFd, Failure> {
+    let pair = || -> io::Result<(OwnedFd, HostStream)> {
+        use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (own, guest) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let input = Some(guest.try_clone()?);
+        let output = Some(guest);
+        Ok((own, HostStream { input, output }))
+    };
+    let (own, stream) = pair().map_err(at(Stage::Setup))?;
+    machine
+        .accept_stream(CONTROL_PORT, stream)
+        .map_err(at(Stage::Machine))?;
+    Ok(own)
+}

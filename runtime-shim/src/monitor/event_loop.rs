@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The monitor's one loop: it waits for descriptors and deadlines, tells the [`Container`], and
+//! carries out what that answers.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use vmm::{Machine, MachineEvent};
+
+use super::container::{Action, Asked, Container, Verb};
+use super::order::{Failure, Report, chain};
+use crate::agent_client::AgentClient;
+use crate::channel::{Channel, Error as ChannelError, remaining};
+use crate::control::{self, Reply, Request};
+use crate::{console, signal_fd};
+
+/// A verb that lets more than this pile up has stopped reading.
+const BACKLOG: usize = 8 << 20;
+
+/// Verbs that may be connected at once.
+const MAX_VERBS: usize = 4096;
+
+/// Events taken from the kernel in one turn.
+const EVENTS: usize = 32;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Machine,
+    Agent,
+    Listener,
+    Signals,
+    Creator,
+    Verb(Verb),
+}
+
+impl Source {
+    const FIRST_VERB: u64 = 16;
+
+    fn token(self) -> EventData {
+        EventData::new_u64(match self {
+            Source::Machine => 0,
+            Source::Agent => 1,
+            Source::Listener => 2,
+            Source::Signals => 3,
+            Source::Creator => 4,
+            Source::Verb(verb) => Self::FIRST_VERB + verb,
+        })
+    }
+
+    fn of(token: u64) -> Source {
+        match token {
+            0 => Source::Machine,
+            1 => Source::Agent,
+            2 => Source::Listener,
+            3 => Source::Signals,
+            4 => Source::Creator,
+            verb => Source::Verb(verb.saturating_sub(Self::FIRST_VERB)),
+        }
+    }
+}
+
+/// The loop ends with this exit status.
+struct Exit(u8);
+
+/// All that the loop waits for and acts upon.
+#[derive(Debug)]
+pub struct Parts {
+    pub machine: Machine,
+    pub agent: OwnedFd,
+    pub container: Container,
+    /// What the container wants done before the guest boots.
+    pub first: Vec<Action>,
+    pub listener: OwnedFd,
+    pub signals: OwnedFd,
+    /// The host's side of the terminal of the init process, whose size is to be followed.
+    pub terminal: Option<OwnedFd>,
+    /// The user beside root whose verbs are accepted.
+    pub owner: u32,
+}
+
+#[derive(Debug)]
+pub struct EventLoop {
+    epoll: OwnedFd,
+    machine: Machine,
+    agent: AgentClient<Asked>,
+    agent_waits_to_write: bool,
+    container: Container,
+    first: Vec<Action>,
+    creator: Option<Channel>,
+    listener: OwnedFd,
+    signals: OwnedFd,
+    terminal: Option<OwnedFd>,
+    owner: u32,
+    verbs: BTreeMap<Verb, Channel>,
+    next_verb: Verb,
+}
+
+impl EventLoop {
+    pub fn new(parts: Parts, creator: Channel) -> io::Result<EventLoop> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let watch = |fd: BorrowedFd<'_>, source: Source| {
+            epoll::add(&epoll, fd, source.token(), EventFlags::IN)
+        };
+        watch(parts.machine.as_fd(), Source::Machine)?;
+        watch(parts.agent.as_fd(), Source::Agent)?;
+        watch(creator.as_fd(), Source::Creator)?;
+        watch(parts.listener.as_fd(), Source::Listener)?;
+        watch(parts.signals.as_fd(), Source::Signals)?;
+        Ok(EventLoop {
+            epoll,
+            machine: parts.machine,
+            agent: AgentClient::new(parts.agent),
+            agent_waits_to_write: false,
+            container: parts.container,
+            first: parts.first,
+            creator: Some(creator),
+            listener: parts.listener,
+            signals: parts.signals,
+            terminal: parts.terminal,
+            owner: parts.owner,
+            verbs: BTreeMap::new(),
+            next_verb: 0,
+        })
+    }
+
+    /// Boots the guest and runs until the container is over. Returns the exit status of the process.
+    pub fn run(&mut self) -> u8 {
+        let Exit(status) = match self.turn_until_exit() {
+            Ok(never) => match never {},
+            Err(exit) => exit,
+        };
+        for action in self.container.farewell() {
+            // It has ended already.
+            let _ = self.perform_one(action);
+        }
+        status
+    }
+
+    fn turn_until_exit(&mut self) -> Result<std::convert::Infallible, Exit> {
+        let first = std::mem::take(&mut self.first);
+        self.perform(first)?;
+        if let Err(error) = self.machine.start() {
+            let actions = self.container.start_failed(chain(&error));
+            self.perform(actions)?;
+        }
+        loop {
+            let now = self.keep_deadlines()?;
+            let deadlines = [self.container.deadline(now), self.agent.deadline()];
+            for source in self.wait(deadlines.into_iter().flatten().min())? {
+                let actions = self.handle(source);
+                self.perform(actions)?;
+            }
+        }
+    }
+
+    fn keep_deadlines(&mut self) -> Result<Instant, Exit> {
+        let now = Instant::now();
+        for asked in self.agent.overdue(now) {
+            let actions = self.container.overdue(asked, now);
+            self.perform(actions)?;
+        }
+        let actions = self.container.time(now);
+        self.perform(actions)?;
+        Ok(now)
+    }
+
+    fn wait(&self, deadline: Option<Instant>) -> Result<Vec<Source>, Exit> {
+        let mut events = Vec::with_capacity(EVENTS);
+        let spare = rustix::buffer::spare_capacity(&mut events);
+        match epoll::wait(&self.epoll, spare, remaining(deadline).as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                log::error!("monitor: wait for events: {error}");
+                return Err(Exit(1));
+            }
+        }
+        let sources = events.iter().map(|event| Source::of(event.data.u64()));
+        Ok(sources.collect())
+    }
+
+    fn handle(&mut self, source: Source) -> Vec<Action> {
+        match source {
+            Source::Machine => self.machine_events(),
+            Source::Agent => self.agent_messages(),
+            Source::Listener => self.accept_verb(),
+            Source::Signals => self.signal(),
+            Source::Creator => self.creator_gone(),
+            Source::Verb(verb) => self.verb_ready(verb),
+        }
+    }
+
+    fn machine_events(&mut self) -> Vec<Action> {
+        let now = Instant::now();
+        let events = match self.machine.dispatch() {
+            Ok(events) => events,
+            Err(error) => return self.container.agent_lost(chain(&error), now),
+        };
+        let mut actions = Vec::new();
+        for event in events {
+            actions.extend(match event {
+                MachineEvent::StreamClosed { port } => self.container.stream_closed(port, now),
+                MachineEvent::Stopped(reason) => self.container.machine_stopped(&reason, now),
+            });
+        }
+        actions
+    }
+
+    fn agent_messages(&mut self) -> Vec<Action> {
+        let now = Instant::now();
+        let incoming = self.agent.flush().and_then(|()| self.agent.receive());
+        let mut actions = Vec::new();
+        match incoming {
+            Ok(incoming) => {
+                for message in incoming {
+                    actions.extend(self.container.from_agent(message, now));
+                }
+                self.watch_agent();
+            }
+            Err(error) => {
+                // The guest may be gone for a reason that the machine knows better.
+                actions.extend(self.machine_events());
+                // Nothing to wait for any more; not registered is as good.
+                let _ = epoll::delete(&self.epoll, &self.agent);
+                actions.extend(self.container.agent_lost(chain(&error), now));
+            }
+        }
+        actions
+    }
+
+    /// Waits for the agent's socket to be writable only while something is to be written.
+    fn watch_agent(&mut self) {
+        let wants = self.agent.wants_to_write();
+        if wants != self.agent_waits_to_write {
+            self.agent_waits_to_write = wants;
+            modify(&self.epoll, self.agent.as_fd(), Source::Agent, wants);
+        }
+    }
+
+    fn accept_verb(&mut self) -> Vec<Action> {
+        match control::accept(self.listener.as_fd(), self.owner) {
+            Ok(Some(channel)) if self.verbs.len() < MAX_VERBS => {
+                let verb = self.next_verb;
+                self.next_verb += 1;
+                let token = Source::Verb(verb).token();
+                if epoll::add(&self.epoll, &channel, token, EventFlags::IN).is_ok() {
+                    self.verbs.insert(verb, channel);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => log::warn!("monitor: accept a connection: {error}"),
+        }
+        Vec::new()
+    }
+
+    fn verb_ready(&mut self, verb: Verb) -> Vec<Action> {
+        let now = Instant::now();
+        let mut actions = Vec::new();
+        let Some(channel) = self.verbs.get_mut(&verb) else {
+            return actions;
+        };
+        let mut result = channel.flush().and_then(|()| channel.fill().map(drop));
+        modify(&self.epoll, channel.as_fd(), Source::Verb(verb), channel.wants_to_write());
+        while result.is_ok() {
+            match next_request(channel) {
+                Ok(Some((request, fds))) => {
+                    actions.extend(self.container.request(verb, request, fds, now));
+                }
+                Ok(None) => return actions,
+                Err(error) => result = Err(error),
+            }
+        }
+        self.verbs.remove(&verb);
+        actions.extend(self.container.verb_gone(verb, now));
+        actions
+    }
+
+    fn signal(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        while let Some(signal) = signal_fd::next(self.signals.as_fd()) {
+            actions.extend(match &self.terminal {
+                Some(terminal) if signal == libc::SIGWINCH => match console::size(terminal.as_fd()) {
+                    Ok(size) => self.container.resized(size),
+                    Err(_) => Vec::new(),
+                },
+                _ => self.container.signal(signal, Instant::now()),
+            });
+        }
+        actions
+    }
+
+    /// The creating verb says nothing any more: it can only have gone.
+    fn creator_gone(&mut self) -> Vec<Action> {
+        if let Some(creator) = self.creator.take() {
+            let _ = epoll::delete(&self.epoll, &creator);
+        }
+        self.container.creator_gone()
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) -> Result<(), Exit> {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            actions.extend(self.perform_one(action)?);
+        }
+        Ok(())
+    }
+
+    /// Carries out an action. What comes of it may be a reason for others.
+    fn perform_one(&mut self, action: Action) -> Result<Vec<Action>, Exit> {
+        let now = Instant::now();
+        match action {
+            Action::Ask {
+                request,
+                asked,
+                deadline,
+            } => {
+                let result = self.agent.send(request, asked, deadline);
+                self.watch_agent();
+                if let Err(error) = result {
+                    return Ok(self.container.agent_lost(chain(&error), now));
+                }
+            }
+            Action::Accept { port, stream } => {
+                if let Err(error) = self.machine.accept_stream(port, stream) {
+                    log::warn!("monitor: {}", chain(&error));
+                    return Ok(self.container.stream_closed(port, now));
+                }
+            }
+            Action::Reset { port } => self.machine.close_stream(port),
+            Action::Answer { verb, reply } => return Ok(self.answer(verb, &reply)),
+            Action::Hangup { verb } => drop(self.verbs.remove(&verb)),
+            Action::Report(report) => self.report(report),
+            Action::Exit(status) => return Err(Exit(status)),
+        }
+        Ok(Vec::new())
+    }
+
+    fn answer(&mut self, verb: Verb, reply: &Reply) -> Vec<Action> {
+        let Some(channel) = self.verbs.get_mut(&verb) else {
+            return Vec::new();
+        };
+        let result = channel.send(reply);
+        if result.is_ok() && channel.backlog() <= BACKLOG {
+            modify(&self.epoll, channel.as_fd(), Source::Verb(verb), channel.wants_to_write());
+            return Vec::new();
+        }
+        self.verbs.remove(&verb);
+        self.container.verb_gone(verb, Instant::now())
+    }
+
+    fn report(&mut self, report: Report) {
+        let report = match report {
+            Report::Failed(Failure::Guest { message, .. }) => Report::Failed(Failure::Guest {
+                message,
+                console: self.machine.console_tail(),
+            }),
+            report => report,
+        };
+        let sent = match &mut self.creator {
+            Some(creator) => creator.send(&report).is_ok(),
+            None => false,
+        };
+        if let (false, Report::Failed(failure)) = (sent, &report) {
+            log::error!("{failure}");
+        }
+    }
+}
+
+fn next_request(channel: &mut Channel) -> Result<Option<(Request, Vec<OwnedFd>)>, ChannelError> {
+    let Some(request) = channel.next::<Request>()? else {
+        return Ok(None);
+    };
+    let count = match &request {
+        Request::Exec { stdio, .. } => stdio.count(),
+        _ => 0,
+    };
+    Ok(Some((request, channel.take_fds(count)?)))
+}
+
+fn modify(epoll: &OwnedFd, fd: BorrowedFd<'_>, source: Source, write: bool) {
+    let mut flags = EventFlags::IN;
+    if write {
+        flags |= EventFlags::OUT;
+    }
+    // The descriptor is registered, and changing its flags needs no memory: it cannot fail.
+    let _ = epoll::modify(epoll, fd, source.token(), flags);
+}
