@@ -155,6 +155,11 @@ impl DriverQueue {
         self.free.len()
     }
 
+    /// The descriptor that `add` will take next, the head of its chain.
+    pub(crate) fn next_free(&self) -> u16 {
+        *self.free.last().expect("a free descriptor")
+    }
+
     /// Makes a chain of `buffers` available and returns its head.
     pub(crate) fn add(&mut self, buffers: &[Buffer]) -> u16 {
         let indexes: Vec<u16> = buffers

@@ -7,20 +7,21 @@
 //!
 //! The descriptors are shared with other processes, so their O_NONBLOCK is never touched.
 
-use std::io;
-use std::marker::PhantomData;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
-use rustix::fs::OFlags;
-use vm_memory::VolatileSlice;
+use rustix::fs::{FileType, OFlags};
 
-/// How many segments go into one system call; what is longer takes more calls.
-const MAX_SEGMENTS: usize = 64;
+use super::super::chain::Iovecs;
 
-/// How much is written to a blocking descriptor that is ready: PIPE_BUF, which a pipe has room for then.
-const READY_ROOM: usize = 4096;
+/// What a blocking FIFO that is ready has room for: PIPE_BUF.
+const FIFO_ROOM: usize = 4096;
+
+/// What a terminal that is ready takes for sure if output processing leaves it alone: the smallest of the buffers
+/// of a pseudo-terminal.
+const TERMINAL_ROOM: usize = 256;
 
 /// What to be told about a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +37,14 @@ enum Access {
     AlwaysReady,
     /// MSG_DONTWAIT.
     Socket,
-    /// RWF_NOWAIT; the first attempt that the file does not support it decides between the next two.
+    /// RWF_NOWAIT, which pipes have but FIFOs do not: the first attempt tells.
     NoWait,
     /// The description has O_NONBLOCK.
     NonBlocking,
-    /// A terminal or FIFO in blocking mode: poll first, then only what surely fits.
-    Blocking,
+    /// A FIFO in blocking mode: poll first, then write only what surely fits.
+    BlockingFifo,
+    /// A terminal in blocking mode, the same; see [`terminal_room`].
+    Terminal,
 }
 
 /// One direction of a host stream.
@@ -59,10 +62,11 @@ impl HostFd {
         let access = match epoll::add(epoll, &fd, probe, epoll::EventFlags::empty()) {
             Ok(()) => {
                 epoll::delete(epoll, &fd)?;
-                let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
-                match kind {
-                    rustix::fs::FileType::Socket => Access::Socket,
-                    _ => Access::NoWait,
+                match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
+                    FileType::Socket => Access::Socket,
+                    FileType::Fifo => Access::NoWait,
+                    _ if is_non_blocking(&fd)? => Access::NonBlocking,
+                    _ => Access::Terminal,
                 }
             }
             Err(rustix::io::Errno::PERM) => Access::AlwaysReady,
@@ -76,8 +80,9 @@ impl HostFd {
         })
     }
 
-    pub(super) fn is_watched(&self) -> bool {
-        self.watched
+    /// Bytes have to be written from the host's own memory.
+    pub(super) fn needs_copy(&self) -> bool {
+        self.access == Access::Terminal
     }
 
     /// Asks for events with `token`; the first comes at once if the descriptor is ready. Nothing comes for a
@@ -105,15 +110,16 @@ impl HostFd {
         }
     }
 
-    /// Reads at most `limit` bytes into guest memory. 0 is the end of the stream.
-    pub(super) fn read(&mut self, space: &[VolatileSlice<'_>], limit: usize) -> io::Result<usize> {
-        let segments = Segments::of_guest(space, 0, limit);
+    /// Reads into guest memory. 0 is the end of the stream, provided that there is room.
+    pub(super) fn read(&mut self, room: &Iovecs<'_>) -> io::Result<usize> {
         loop {
             let result = match self.access {
-                Access::AlwaysReady | Access::NonBlocking => self.readv(&segments),
-                Access::Socket => self.recvmsg(&segments),
-                Access::NoWait => self.preadv2(&segments),
-                Access::Blocking => self.poll(PollFlags::IN).and_then(|()| self.readv(&segments)),
+                Access::AlwaysReady | Access::NonBlocking => self.readv(room),
+                Access::Socket => self.recvmsg(room),
+                Access::NoWait => self.preadv2(room),
+                Access::BlockingFifo | Access::Terminal => {
+                    self.poll(PollFlags::IN).and_then(|()| self.readv(room))
+                }
             };
             if !self.try_again(&result)? {
                 return self.never_again(result);
@@ -121,17 +127,15 @@ impl HostFd {
         }
     }
 
-    /// Writes some of `segments`.
-    pub(super) fn write(&mut self, segments: &mut Segments<'_>) -> io::Result<usize> {
+    /// Writes some of `source`.
+    pub(super) fn write(&mut self, source: Source<'_>) -> io::Result<usize> {
         loop {
             let result = match self.access {
-                Access::AlwaysReady | Access::NonBlocking => self.writev(segments),
-                Access::Socket => self.sendmsg(segments),
-                Access::NoWait => self.pwritev2(segments),
-                Access::Blocking => {
-                    segments.truncate(READY_ROOM);
-                    self.poll(PollFlags::OUT).and_then(|()| self.writev(segments))
-                }
+                Access::AlwaysReady | Access::NonBlocking => self.writev(source),
+                Access::Socket => self.sendmsg(source),
+                Access::NoWait => self.pwritev2(source),
+                Access::BlockingFifo => self.write_ready(source, FIFO_ROOM),
+                Access::Terminal => self.write_ready(source, terminal_room(source)),
             };
             if !self.try_again(&result)? {
                 return self.never_again(result);
@@ -148,10 +152,9 @@ impl HostFd {
             return Ok(true);
         }
         if self.access == Access::NoWait && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
-            let flags = rustix::fs::fcntl_getfl(&self.fd)?;
-            self.access = match flags.contains(OFlags::NONBLOCK) {
+            self.access = match is_non_blocking(&self.fd)? {
                 true => Access::NonBlocking,
-                false => Access::Blocking,
+                false => Access::BlockingFifo,
             };
             return Ok(true);
         }
@@ -180,46 +183,58 @@ impl HostFd {
         }
     }
 
-    fn readv(&self, segments: &Segments<'_>) -> io::Result<usize> {
-        // SAFETY: `Segments::of_guest` built the array (`read` makes no other) from slices of guest memory that
-        // are borrowed, hence mapped, until this call returns. Guest memory is only ever accessed as raw bytes, so
-        // the kernel may write any value to it.
-        result(unsafe { libc::readv(self.fd.as_raw_fd(), segments.as_ptr(), segments.count()) })
+    fn readv(&self, room: &Iovecs<'_>) -> io::Result<usize> {
+        // SAFETY: `Iovecs` points to guest memory that stays mapped while it is borrowed, and that is only ever
+        // accessed as raw bytes, so that the kernel may write any value to it.
+        returned(unsafe { libc::readv(self.fd.as_raw_fd(), room.as_ptr(), count(room)) })
     }
 
-    fn preadv2(&self, segments: &Segments<'_>) -> io::Result<usize> {
+    fn preadv2(&self, room: &Iovecs<'_>) -> io::Result<usize> {
         let fd = self.fd.as_raw_fd();
         // SAFETY: as in `readv`. Offset -1 stands for the position of the description.
-        result(unsafe {
-            libc::preadv2(fd, segments.as_ptr(), segments.count(), -1, libc::RWF_NOWAIT)
-        })
+        returned(unsafe { libc::preadv2(fd, room.as_ptr(), count(room), -1, libc::RWF_NOWAIT) })
     }
 
-    fn recvmsg(&self, segments: &Segments<'_>) -> io::Result<usize> {
-        let mut message = segments.message();
-        // SAFETY: as in `readv` for the array that `message` points to; it has neither name nor control buffer.
-        result(unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
+    fn recvmsg(&self, room: &Iovecs<'_>) -> io::Result<usize> {
+        let mut message = message(room);
+        // SAFETY: as in `readv` for the vectors that `message` points to; it has neither name nor control buffer.
+        returned(unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
     }
 
-    fn writev(&self, segments: &Segments<'_>) -> io::Result<usize> {
-        // SAFETY: the array was built from slices of guest memory or of host memory that are borrowed, hence
-        // mapped, until this call returns; the kernel only reads from them.
-        result(unsafe { libc::writev(self.fd.as_raw_fd(), segments.as_ptr(), segments.count()) })
+    /// Writes the first `room` bytes at most, if the descriptor is ready.
+    fn write_ready(&self, source: Source<'_>, mut room: usize) -> io::Result<usize> {
+        self.poll(PollFlags::OUT)?;
+        let mut clipped = [NO_BYTES; CLIPPED];
+        for (iovec, original) in clipped.iter_mut().zip(source.iovecs()) {
+            iovec.iov_base = original.iov_base;
+            iovec.iov_len = original.iov_len.min(room);
+            room -= iovec.iov_len;
+        }
+        let fd = self.fd.as_raw_fd();
+        // SAFETY: as in `writev`: the vectors are no longer than those of `source`.
+        returned(unsafe { libc::writev(fd, clipped.as_ptr(), count(&clipped)) })
     }
 
-    fn pwritev2(&self, segments: &Segments<'_>) -> io::Result<usize> {
+    fn writev(&self, source: Source<'_>) -> io::Result<usize> {
+        let iovecs = source.iovecs();
+        // SAFETY: the vectors point to memory that is mapped while `source` is borrowed; the kernel only reads it.
+        returned(unsafe { libc::writev(self.fd.as_raw_fd(), iovecs.as_ptr(), count(iovecs)) })
+    }
+
+    fn pwritev2(&self, source: Source<'_>) -> io::Result<usize> {
+        let iovecs = source.iovecs();
         let fd = self.fd.as_raw_fd();
         // SAFETY: as in `writev`. Offset -1 stands for the position of the description.
-        result(unsafe {
-            libc::pwritev2(fd, segments.as_ptr(), segments.count(), -1, libc::RWF_NOWAIT)
+        returned(unsafe {
+            libc::pwritev2(fd, iovecs.as_ptr(), count(iovecs), -1, libc::RWF_NOWAIT)
         })
     }
 
-    fn sendmsg(&self, segments: &Segments<'_>) -> io::Result<usize> {
-        let message = segments.message();
+    fn sendmsg(&self, source: Source<'_>) -> io::Result<usize> {
+        let message = message(source.iovecs());
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: as in `writev` for the array that `message` points to; it has neither name nor control buffer.
-        result(unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, flags) })
+        // SAFETY: as in `writev` for the vectors that `message` points to; it has neither name nor control buffer.
+        returned(unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, flags) })
     }
 }
 
@@ -230,100 +245,66 @@ impl Drop for HostFd {
     }
 }
 
-fn result(returned: isize) -> io::Result<usize> {
-    usize::try_from(returned).map_err(|_| io::Error::last_os_error())
+fn is_non_blocking(fd: &OwnedFd) -> io::Result<bool> {
+    Ok(rustix::fs::fcntl_getfl(fd)?.contains(OFlags::NONBLOCK))
 }
 
-/// The memory of one vectored system call, which lives as long as `'a`.
-#[derive(Debug)]
-pub(super) struct Segments<'a> {
-    iovecs: [libc::iovec; MAX_SEGMENTS],
-    used: usize,
-    memory: PhantomData<&'a [u8]>,
+/// How much of `source` a terminal that is ready takes without blocking, whatever its modes. With output processing
+/// each control character counts as a write of its own, for which there may be no room any more; other bytes go
+/// as one. Nothing can be promised for bytes that the guest may change meanwhile.
+fn terminal_room(source: Source<'_>) -> usize {
+    let Source::Host(slices) = source else {
+        return 1;
+    };
+    let bytes = slices.iter().find(|slice| !slice.is_empty());
+    let plain = bytes.map_or(0, |bytes| {
+        let bytes = bytes.iter().take(TERMINAL_ROOM);
+        bytes.take_while(|byte| !byte.is_ascii_control()).count()
+    });
+    plain.max(1)
 }
 
-impl<'a> Segments<'a> {
-    fn new() -> Segments<'a> {
-        let empty = libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        };
-        Segments {
-            iovecs: [empty; MAX_SEGMENTS],
-            used: 0,
-            memory: PhantomData,
+fn returned(count: isize) -> io::Result<usize> {
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
+/// Bytes for a vectored write.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source<'a> {
+    Guest(&'a Iovecs<'a>),
+    Host(&'a [IoSlice<'a>]),
+}
+
+impl Source<'_> {
+    /// Pointers to memory that is mapped as long as the source is borrowed.
+    fn iovecs(&self) -> &[libc::iovec] {
+        match self {
+            Source::Guest(iovecs) => iovecs,
+            // SAFETY: IoSlice is documented to have the layout of iovec on Unix; the borrow is the same.
+            Source::Host(slices) => unsafe {
+                std::slice::from_raw_parts(slices.as_ptr().cast(), slices.len())
+            },
         }
     }
+}
 
-    /// At most `limit` bytes of guest memory, after the first `skip`.
-    pub(super) fn of_guest(
-        slices: &'a [VolatileSlice<'a>],
-        mut skip: usize,
-        mut limit: usize,
-    ) -> Segments<'a> {
-        let mut segments = Segments::new();
-        for slice in slices {
-            let skipped = skip.min(slice.len());
-            skip -= skipped;
-            let len = (slice.len() - skipped).min(limit);
-            limit -= len;
-            // Cannot fail: `skipped` is no more than the length.
-            let Ok(rest) = slice.offset(skipped) else {
-                break;
-            };
-            if !segments.push(rest.ptr_guard_mut().as_ptr(), len) {
-                break;
-            }
-        }
-        segments
-    }
+/// How many pieces are kept of a write that is cut short.
+const CLIPPED: usize = 8;
 
-    /// The two halves of a ring buffer of the host, for writing only.
-    pub(super) fn of_host(halves: (&'a [u8], &'a [u8])) -> Segments<'a> {
-        let mut segments = Segments::new();
-        segments.push(halves.0.as_ptr().cast_mut(), halves.0.len());
-        segments.push(halves.1.as_ptr().cast_mut(), halves.1.len());
-        segments
-    }
+const NO_BYTES: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
 
-    /// Whether there was room.
-    fn push(&mut self, base: *mut u8, len: usize) -> bool {
-        if len == 0 {
-            return true;
-        }
-        let Some(iovec) = self.iovecs.get_mut(self.used) else {
-            return false;
-        };
-        *iovec = libc::iovec {
-            iov_base: base.cast(),
-            iov_len: len,
-        };
-        self.used += 1;
-        true
-    }
+fn message(iovecs: &[libc::iovec]) -> libc::msghdr {
+    // SAFETY: msghdr is a C structure of integers and pointers, for which all zero bits are valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iovecs.as_ptr().cast_mut();
+    message.msg_iovlen = iovecs.len();
+    message
+}
 
-    /// Keeps the first `limit` bytes.
-    fn truncate(&mut self, mut limit: usize) {
-        for iovec in &mut self.iovecs[..self.used] {
-            iovec.iov_len = iovec.iov_len.min(limit);
-            limit -= iovec.iov_len;
-        }
-    }
-
-    fn as_ptr(&self) -> *const libc::iovec {
-        self.iovecs.as_ptr()
-    }
-
-    fn count(&self) -> libc::c_int {
-        // No more than MAX_SEGMENTS.
-        libc::c_int::try_from(self.used).unwrap_or(libc::c_int::MAX)
-    }
-
-    fn message(&self) -> libc::msghdr {
-        // SAFETY: msghdr is a C structure of integers and pointers, for which all zero bits are valid.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = self.as_ptr().cast_mut();
-        message.msg_iovlen = self.used;
-        message
-    }
+fn count(iovecs: &[libc::iovec]) -> libc::c_int {
+    // Anything beyond IOV_MAX is refused by the kernel, so that the clamp changes nothing.
+    libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX)
 }

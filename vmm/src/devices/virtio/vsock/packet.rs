@@ -147,8 +147,14 @@ mod tests {
         let reply = request.reset_reply();
         assert_eq!(reply.op, op::RST);
         assert_eq!(reply.kind, request.kind);
-        assert_eq!((reply.src_cid, reply.src_port), (request.dst_cid, request.dst_port));
-        assert_eq!((reply.dst_cid, reply.dst_port), (request.src_cid, request.src_port));
+        assert_eq!(
+            (reply.src_cid, reply.src_port),
+            (request.dst_cid, request.dst_port)
+        );
+        assert_eq!(
+            (reply.dst_cid, reply.dst_port),
+            (request.src_cid, request.src_port)
+        );
         assert_eq!(reply.len, 0);
     }
 }
