@@ -8,11 +8,16 @@ mod bus;
 mod config;
 mod devices;
 mod logging;
+mod machine;
 mod memory;
 mod plan;
+mod probe;
 mod vcpu;
 mod vm;
 
 pub use config::{ConfigError, VmConfig};
+pub use devices::virtio::vsock::HostStream;
+pub use machine::{Error, Machine, MachineEvent, SHARE_TAG};
+pub use probe::{ProbeError, probe};
 pub use vcpu::StopReason;
 pub use vm::VmError;

@@ -16,10 +16,8 @@ use crate::bus::Bus;
 use crate::config::{ConfigError, VmConfig};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::uart::Uart;
-use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
-use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostStream, Vsock};
 use crate::devices::virtio::{Kicks, VirtioDevice};
 use crate::memory::{self, GuestMemory};
@@ -30,6 +28,9 @@ use crate::vm::{Vm, VmError, failed};
 /// The address of the guest on the vsock device: the first that is not reserved. Each VM has a device of its own, so
 /// all guests can have the same.
 const GUEST_CID: u64 = 3;
+
+/// The mount tag of the file system device.
+pub const SHARE_TAG: &str = "share";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -77,7 +78,6 @@ pub struct Machine {
     uart: Arc<Uart>,
     files: Arc<Mutex<Fs>>,
     vsock: Arc<Mutex<Vsock>>,
-    vsock_slot: usize,
     transports: Vec<Arc<MmioTransport>>,
     epoll: Epoll,
     sources: Vec<Source>,
@@ -106,7 +106,6 @@ impl Machine {
             uart,
             files: devices.files,
             vsock: devices.vsock,
-            vsock_slot: slot_of(&plan, SlotKind::Vsock),
             transports: devices.transports,
             epoll,
             sources: Vec::new(),
@@ -118,9 +117,11 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Plugs the file system slot: `root` becomes the root of the share.
-    pub fn share_files(&mut self, root: OwnedFd) -> Result<(), Error> {
-        lock(&self.files).plug(root).map_err(Error::Share)
+    /// Plugs the file system slot: `root` becomes the root of the share [`SHARE_TAG`]. Nobody but the guest is expected to
+    /// change files below the names in `private`, so that it may cache them for long. To be called in the jail, when
+    /// the limit of open files is final.
+    pub fn share_files(&mut self, root: OwnedFd, private: &[&str]) -> Result<(), Error> {
+        lock(&self.files).plug(root, private).map_err(Error::Share)
     }
 
     /// Lets the guest connect once to `port` of the host; bytes go between that connection and `stream`.
@@ -132,8 +133,7 @@ impl Machine {
 
     /// Forgets a stream and resets its connection.
     pub fn close_stream(&mut self, port: u32) {
-        let result = lock(&self.vsock).close_stream(port);
-        self.transports[self.vsock_slot].settle(result);
+        lock(&self.vsock).close_stream(port);
     }
 
     /// Lets the vCPUs run.
@@ -242,13 +242,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn slot_of(plan: &VmPlan, kind: SlotKind) -> usize {
-    plan.slots
-        .iter()
-        .position(|slot| slot.kind == kind)
-        .expect("each VM has one slot of each kind")
-}
-
 /// Brings kernel, initramfs, command line and tables into guest memory. Returns the entry point.
 fn load_guest(memory: &GuestMemory, plan: &VmPlan, config: &VmConfig) -> Result<u64, Error> {
     let top = plan.low_memory_end();
@@ -296,7 +289,9 @@ struct Devices {
 
 impl Devices {
     fn new(plan: &VmPlan, memory: &GuestMemory) -> Result<Devices, Error> {
-        let files = Fs::new().map_err(|error| Error::Create("the file system device", error))?;
+        let size = plan.memory.iter().map(|range| range.size).sum();
+        let files = Fs::new(SHARE_TAG, size)
+            .map_err(|error| Error::Create("the file system device", error))?;
         let vsock = Vsock::new(GUEST_CID).map_err(|error| Error::Create("the vsock device", error))?;
         let files = Arc::new(Mutex::new(files));
         let vsock = Arc::new(Mutex::new(vsock));
@@ -305,8 +300,6 @@ impl Devices {
             let device: Arc<Mutex<dyn VirtioDevice>> = match slot.kind {
                 SlotKind::Files => files.clone(),
                 SlotKind::Vsock => vsock.clone(),
-                SlotKind::Entropy => Arc::new(Mutex::new(Rng::new())),
-                SlotKind::Balloon => Arc::new(Mutex::new(Balloon::new())),
             };
             let transport = MmioTransport::new(device, memory.clone())
                 .map_err(|error| Error::Create("an event fd", error))?;

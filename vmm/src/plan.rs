@@ -10,16 +10,9 @@ use crate::config::{ConfigError, MAX_VCPUS, MIN_MEMORY_MIB};
 pub(crate) enum SlotKind {
     Files,
     Vsock,
-    Entropy,
-    Balloon,
 }
 
-const SLOTS: [SlotKind; 4] = [
-    SlotKind::Files,
-    SlotKind::Vsock,
-    SlotKind::Entropy,
-    SlotKind::Balloon,
-];
+const SLOTS: [SlotKind; 2] = [SlotKind::Files, SlotKind::Vsock];
 const _: () = assert!(SLOTS.len() <= layout::MAX_VIRTIO_SLOTS);
 
 /// Where a virtio device answers and which pin of the IOAPIC it pulls.
