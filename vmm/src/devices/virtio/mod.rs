@@ -8,6 +8,7 @@ pub(crate) mod interrupt;
 pub(crate) mod mmio;
 #[cfg(test)]
 pub(crate) mod test_support;
+pub(crate) mod rng;
 pub(crate) mod vsock;
 
 use std::os::fd::RawFd;
