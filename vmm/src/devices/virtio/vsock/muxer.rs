@@ -117,6 +117,10 @@ impl Muxer {
                 connection.abort();
             });
         }
+        if !self.closed.is_empty() {
+            // A vCPU does this, and somebody waits for what was closed.
+            self.continue_later();
+        }
     }
 
     /// Wakes the event loop once more.

@@ -1177,6 +1177,8 @@ fn reset_flushes_what_the_guest_has_sent() {
     guest.send_packet(data, b"again");
     assert_eq!(read_available(&mut second_reads), b"again");
     guest.device.reset();
+    // A vCPU has done it: the event loop hears of it.
+    assert!(is_readable(guest.event_fd(), Duration::ZERO));
     assert_eq!(guest.device.take_closed(), [PORT + 1]);
     guest.device.reset();
     assert!(guest.device.take_closed().is_empty());
