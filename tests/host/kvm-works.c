@@ -163,7 +163,7 @@ static void set_cpuid(int kvm, int vcpu)
 
 int main(void)
 {
-	// The default action kills even a KVM_RUN that never returns by itself.
+	// The signal ends a KVM_RUN that does not return by itself.
 	struct sigaction action = { .sa_handler = on_deadline };
 	struct itimerval deadline = { .it_value.tv_sec = DEADLINE_SECONDS };
 	sigaction(SIGALRM, &action, NULL);
