@@ -9,7 +9,7 @@ usage() {
     cat >&2 <<'USAGE'
 usage: tests/host/packages.sh GROUP...
   build     compilers and libraries for the guest kernel and the Rust packages
-  host      QEMU, a Debian kernel (unpacked, not installed) and busybox for tests/host/run
+  host      QEMU, a Debian kernel (unpacked, not installed) and tools for tests/host/run
   runtimes  other OCI runtimes, to run the same tests against
   rootfs    what makes root file systems of Debian
 USAGE
@@ -247,7 +247,7 @@ group() {
         ;;
     host)
         install_qemu
-        install busybox-static gcc libc6-dev python3 kmod xz-utils zstd
+        install busybox-static gcc libc6-dev python3 kmod xz-utils zstd iproute2 iptables nftables e2fsprogs
         unpack_kernel
         ;;
     runtimes) install runc crun runsc ;;
