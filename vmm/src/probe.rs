@@ -67,7 +67,7 @@ const PORT_STAGE: u16 = 0x11;
 const INSTRUCTIONS: [&str; 2] = ["popcnt", "cmpxchg16b"];
 
 #[rustfmt::skip]
-const KERNEL: [u8; 36] = [
+const KERNEL: [u8; 34] = [
     0x8c, 0xc8,                                           // mov eax, cs
     0xe6, 0x10,                                           // out PORT_CS, al
     0x31, 0xc0,                                           // xor eax, eax
@@ -79,7 +79,6 @@ const KERNEL: [u8; 36] = [
     0x48, 0x0f, 0xc7, 0x0c, 0x25, 0x00, 0x30, 0x00, 0x00, // cmpxchg16b [DATA]
     0xb0, 0x02,                                           // mov al, 2
     0xe6, 0x11,                                           // out PORT_STAGE, al
-    0xeb, 0x00,                                           // jmp +0
     0xf4,                                                 // hlt
     0xeb, 0xfd,                                           // jmp hlt
 ];
@@ -292,7 +291,10 @@ mod tests {
         };
         let result = probe(&kvm);
         assert!(
-            matches!(result, Ok(()) | Err(ProbeError::Ring | ProbeError::Instruction(_))),
+            matches!(
+                result,
+                Ok(()) | Err(ProbeError::Ring | ProbeError::Instruction(_))
+            ),
             "{result:?}"
         );
     }
