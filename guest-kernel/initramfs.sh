@@ -32,6 +32,8 @@ with open(agent, "rb") as file:
 entries = [(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "run", "sys")]
 # The kernel opens /dev/console for PID 1 before anything is mounted.
 entries.append(("dev/console", stat.S_IFCHR | 0o600, (5, 1)))
+# There is none, so the agent starts without standard streams and Rust's start-up code opens this in their place.
+entries.append(("dev/null", stat.S_IFCHR | 0o666, (1, 3)))
 entries.append(("init", stat.S_IFREG | 0o755, (0, 0), init))
 
 scratch = f"{out}.{os.getpid()}"
