@@ -2,13 +2,14 @@
 //! What all virtio devices share: the device trait, what a device is given when the driver is ready,
 //! and the error for a guest that breaks the rules.
 
+pub(crate) mod balloon;
 pub(crate) mod chain;
 pub(crate) mod fs;
 pub(crate) mod interrupt;
 pub(crate) mod mmio;
+pub(crate) mod rng;
 #[cfg(test)]
 pub(crate) mod test_support;
-pub(crate) mod rng;
 pub(crate) mod vsock;
 
 use std::os::fd::RawFd;
