@@ -93,6 +93,8 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     let cgroup = make_cgroup(&plan.host)?;
     let terminal = open_terminal(wanted, &plan)?;
     let mut monitor = Monitor::spawn(wanted.id, terminal.is_none(), wanted.global)?;
+    // It waits for its order; later it may have ended already.
+    let process = Identity::of(monitor.pid()).ok_or(Error::NoIdentity)?;
     if let Some(cgroup) = &cgroup {
         cgroup.add(monitor.pid())?;
         state.cgroups = cgroup.paths().to_vec();
@@ -101,6 +103,8 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     run_hooks(&mut monitor, &state, &plan.host, wanted.signals)?;
     monitor.expect(&Report::Created, wanted.signals)?;
     let terminal = terminal.and_then(|terminal| terminal.into_own_master(wanted.options));
+    state.process = process;
+    state.status = Status::Created;
     finish(wanted, container, cgroup, state, monitor, terminal, plan.host)
 }
 
@@ -293,13 +297,11 @@ fn finish(
     wanted: Wanted<'_>,
     mut container: Locked,
     cgroup: Option<Cgroup>,
-    mut state: State,
+    state: State,
     monitor: Monitor,
     terminal: Option<OwnedFd>,
     host: HostPlan,
 ) -> Result<Created, Error> {
-    state.process = Identity::of(monitor.pid()).ok_or(Error::NoIdentity)?;
-    state.status = Status::Created;
     container.save(&state)?;
     if let Some(path) = &wanted.options.pid_file {
         pid_file::write(path, monitor.pid())?;

@@ -139,7 +139,7 @@ impl Streams {
 
 fn stand_in(arguments: &Exec, client: &mut Client) -> Result<(), Error> {
     let pid = std::process::id();
-    client.send(&Request::StandIn { pid }, &[])?;
+    quietly(client.send(&Request::StandIn { pid }, &[]))?;
     announce(arguments, i32::try_from(pid).unwrap_or(0))
 }
 
@@ -162,7 +162,7 @@ fn attend(
     signals: BorrowedFd<'_>,
 ) -> Result<u8, Error> {
     if let Some(size) = relay.as_ref().and_then(|_| console::own_size()) {
-        client.send(&Request::Resize(size), &[])?;
+        quietly(client.send(&Request::Resize(size), &[]))?;
     }
     let mut status = None;
     loop {
