@@ -106,7 +106,6 @@ struct Exec {
     running: bool,
     status: Option<u8>,
     stands_in: Option<u32>,
-    killed: bool,
     flush_until: Option<Instant>,
 }
 
@@ -150,6 +149,9 @@ pub struct Container {
     next_exec: u32,
     listeners: BTreeSet<Verb>,
     killed: bool,
+    /// The agent tells of the end of a process when its output is on its way. After a SIGKILL that
+    /// must not depend on a reader.
+    cut_at: Option<Instant>,
     flush_until: Option<Instant>,
     flush_execs_until: Option<Instant>,
     kill_until: Option<Instant>,
@@ -177,6 +179,7 @@ impl Container {
             next_exec: INIT + 1,
             listeners: BTreeSet::new(),
             killed: false,
+            cut_at: None,
             flush_until: None,
             flush_execs_until: None,
             kill_until: None,
@@ -338,6 +341,7 @@ impl Container {
             (Asked::Kill(verb), result) => {
                 if result.is_ok() {
                     self.kill_until.get_or_insert(now + KILL_EXIT);
+                    self.cut_at.get_or_insert(now + FLUSH_AFTER_KILL);
                 }
                 verb.map(|verb| answer(verb, reply(result))).into_iter().collect()
             }
@@ -409,12 +413,7 @@ impl Container {
         let Some(exec) = self.execs.get_mut(&process) else {
             return Vec::new();
         };
-        if exec.status.is_none() {
-            exec.status = Some(status);
-            if exec.killed || exec.verb.is_none() {
-                exec.flush_until = Some(now + FLUSH_AFTER_KILL);
-            }
-        }
+        exec.status.get_or_insert(status);
         self.finish_exec(process, now)
     }
 
@@ -485,17 +484,16 @@ impl Container {
 
     /// Tells the verb about the end of its process, once the process has run, ended and been read.
     fn finish_exec(&mut self, process: u32, now: Instant) -> Vec<Action> {
-        let Some(exec) = self.execs.get(&process) else {
+        let Some(exec) = self.execs.get_mut(&process) else {
             return Vec::new();
         };
-        let abandoned = exec.flush_until.is_some_and(|until| until <= now);
-        let (true, Some(status)) = (exec.running, exec.status) else {
-            return Vec::new();
-        };
-        if !exec.ports.is_empty() && !abandoned {
-            return Vec::new();
+        let mut actions = Vec::new();
+        if exec.flush_until.is_some_and(|until| until <= now) {
+            actions.extend(cut(&mut exec.ports));
         }
-        let mut actions: Vec<_> = exec.ports.iter().map(|&port| Action::Reset { port }).collect();
+        let (true, Some(status), true) = (exec.running, exec.status, exec.ports.is_empty()) else {
+            return actions;
+        };
         if let Some(verb) = exec.verb {
             actions.push(answer(verb, Reply::Exited(status)));
             actions.push(Action::Hangup { verb });
@@ -523,7 +521,7 @@ impl Container {
             }
             Err(error) => start_error(&exec.args, error),
         };
-        let mut actions: Vec<_> = exec.ports.iter().map(|&port| Action::Reset { port }).collect();
+        let mut actions = cut(&mut exec.ports);
         if let Some(verb) = exec.verb {
             actions.push(answer(verb, Reply::Failed(error)));
             actions.push(Action::Hangup { verb });
@@ -654,7 +652,6 @@ impl Container {
             running: false,
             status: None,
             stands_in: None,
-            killed: false,
             flush_until: None,
         };
         self.execs.insert(number, exec);
@@ -713,10 +710,7 @@ impl Container {
         if signal == libc::SIGKILL
             && let Some(exec) = self.execs.get_mut(&process)
         {
-            exec.killed = true;
-            if exec.status.is_some() {
-                exec.flush_until = Some(now + FLUSH_AFTER_KILL);
-            }
+            exec.flush_until = Some(now + FLUSH_AFTER_KILL);
         }
         vec![Action::Ask {
             request: self.ask_signal(process, signal, false),
@@ -794,21 +788,19 @@ impl Container {
         let Some(process) = self.exec_of(verb) else {
             return Vec::new();
         };
-        let mut actions = Vec::new();
         if let Some(exec) = self.execs.get_mut(&process) {
             exec.verb = None;
             exec.stands_in = None;
+            exec.flush_until = Some(now + FLUSH_AFTER_KILL);
             if exec.status.is_some() {
-                exec.flush_until = Some(now + FLUSH_AFTER_KILL);
-                return actions;
+                return Vec::new();
             }
         }
-        actions.push(Action::Ask {
+        vec![Action::Ask {
             request: self.ask_signal(process, libc::SIGKILL, false),
             asked: Asked::Nothing,
             deadline: None,
-        });
-        actions
+        }]
     }
 
     /// The creating verb has gone away.
@@ -898,7 +890,13 @@ impl Container {
             Phase::Booting { until } => Some(until),
             _ => None,
         };
-        let waits = [boot, self.kill_until, self.flush_until, self.flush_execs_until];
+        let waits = [
+            boot,
+            self.kill_until,
+            self.cut_at,
+            self.flush_until,
+            self.flush_execs_until,
+        ];
         let execs = self.execs.values().map(|exec| exec.flush_until);
         let all = waits.into_iter().chain(execs).flatten();
         all.filter(|&until| until > now).min()
@@ -923,6 +921,10 @@ impl Container {
             .map(|(&process, _)| process)
             .collect();
         let mut actions = Vec::new();
+        if self.cut_at.is_some_and(|at| at <= now) {
+            self.cut_at = None;
+            actions.extend(cut(&mut self.ports));
+        }
         for process in late {
             actions.extend(self.finish_exec(process, now));
         }
@@ -1012,6 +1014,12 @@ fn streams(stdio: Descriptors, fds: Vec<OwnedFd>) -> Option<Streams> {
             }
         }
     })
+}
+
+/// Gives up streams: what is on its way in them is lost.
+fn cut(ports: &mut BTreeSet<u32>) -> Vec<Action> {
+    let ports = std::mem::take(ports);
+    ports.into_iter().map(|port| Action::Reset { port }).collect()
 }
 
 fn answer(verb: Verb, reply: Reply) -> Action {

@@ -328,7 +328,9 @@ fn kill_needs_no_agent() {
     signal(&mut container, 2, libc::SIGKILL);
     let actions = container.from_agent(done(Asked::Kill(Some(2))), now);
     assert_eq!(words(&actions), ["2: Done"]);
-    let late = container.deadline(now).unwrap();
+    let cut = container.deadline(now).unwrap();
+    assert_eq!(words(&container.time(cut)), ["reset 1024"], "its output is given up first");
+    let late = container.deadline(cut).unwrap();
     assert_eq!(words(&container.time(late)), ["exit 137"]);
 }
 
@@ -402,9 +404,10 @@ fn an_exec_dies_with_its_verb() {
     container.from_agent(running, now);
     assert_eq!(words(&container.verb_gone(3, now)), ["ask Signal 1 9 false"]);
     // Its output has no reader that matters any more.
-    assert!(container.from_agent(exited("c", 1, 137), now).is_empty());
     let late = container.deadline(now).unwrap();
     assert_eq!(words(&container.time(late)), ["reset 1025"]);
+    assert_eq!(container.deadline(late), None);
+    assert!(container.from_agent(exited("c", 1, 137), late).is_empty());
     assert!(container.execs.is_empty());
 }
 
