@@ -121,7 +121,7 @@ impl Hierarchies {
             }
             let own = own_path(own, &controllers);
             // In a container the mount shows a part of the hierarchy only.
-            let own = own.strip_prefix(&unescape(root)).unwrap_or(&own).to_owned();
+            let own = own.strip_prefix(unescape(root)).unwrap_or(&own).to_owned();
             found.push(Hierarchy {
                 mount: PathBuf::from(unescape(mount)),
                 controllers,

@@ -13,7 +13,7 @@ use std::time::Duration;
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -29,6 +29,8 @@ pub enum ProbeError {
     },
     #[error("KVM API version is {0}, not 12")]
     ApiVersion(i32),
+    #[error("KVM lacks {0}")]
+    Capability(&'static str),
     #[error("guest memory")]
     Memory,
     #[error("system call")]
@@ -42,6 +44,17 @@ pub enum ProbeError {
     #[error("the guest did not answer within {} seconds", DEADLINE.as_secs())]
     Deadline,
 }
+
+/// What a machine is made with.
+const NEEDED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+];
 
 /// Guest physical addresses, all in the one page that is mapped, of 2 MiB.
 const USER_CODE: u64 = 0x1000;
@@ -91,6 +104,12 @@ pub fn probe(kvm: &File) -> Result<(), ProbeError> {
     let version = kvm.get_api_version();
     if version != 12 {
         return Err(ProbeError::ApiVersion(version));
+    }
+    if let Some((_, name)) = NEEDED
+        .iter()
+        .find(|(cap, _)| kvm.check_extension_raw(*cap as u64) <= 0)
+    {
+        return Err(ProbeError::Capability(name));
     }
     let memory = memory().ok_or(ProbeError::Memory)?;
     let (vm, vcpu) = build(&kvm, &memory)?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One module a verb. Each returns the exit status of the process.
 
+mod check;
 mod completion;
 pub mod create;
 mod delete;
@@ -8,6 +9,7 @@ mod events;
 mod exec;
 mod exec_process;
 mod exec_stub;
+mod features;
 mod kill;
 mod list;
 mod live;
@@ -16,6 +18,7 @@ mod pause;
 mod ps;
 mod resume;
 mod run;
+mod spec;
 mod start;
 mod state;
 mod update;
@@ -54,6 +57,8 @@ pub enum Error {
     Status(#[from] StatusError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Spec(#[from] spec::SpecError),
     #[error(transparent)]
     Control(#[from] control::Error),
     #[error(transparent)]
@@ -146,6 +151,9 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Pause(arguments) => pause::run(&store, &arguments.id),
         Command::Resume(arguments) => resume::run(&store, &arguments.id),
         Command::Update(arguments) => update::run(&store, arguments),
+        Command::Spec(arguments) => spec::run(arguments),
+        Command::Features => features::run(),
+        Command::Check(arguments) => check::run(arguments, &store),
         Command::Completion(arguments) => completion::run(arguments),
         Command::Monitor(arguments) => monitor::run(arguments),
         other => Err(Error::Unsupported(other.name())),
