@@ -11,7 +11,7 @@ use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::chain::{self, Reader, Writer};
 use super::{ActivateError, Activation, ActiveQueue, GuestFault, Interrupt, VirtioDevice};
-use crate::memory::{GuestMemory, PAGE};
+use crate::memory::GuestMemory;
 
 /// virtio 1.2, 5.5.1.
 const DEVICE_TYPE: u32 = 5;
@@ -28,7 +28,9 @@ const REPORTING: usize = 2;
 /// Linux reports up to 32 ranges in one chain; the other queues hold one buffer.
 const QUEUE_SIZES: [u16; 3] = [16, 16, 32];
 
-/// The size of a page number in the balloon (5.5.6).
+/// Pages of the balloon are 4 KiB, their numbers have 4 bytes (5.5.6).
+const PFN_SHIFT: u32 = 12;
+const PAGE_LEN: usize = 1 << PFN_SHIFT;
 const PFN_LEN: usize = 4;
 
 /// The most page numbers in one buffer. Linux has 256.
@@ -114,7 +116,7 @@ impl Active {
 fn inflate(memory: &GuestMemory, reader: &mut Reader<'_>) -> Result<(), GuestFault> {
     let fault = || GuestFault::Chain { queue: INFLATE };
     let len = reader.remaining();
-    if len % PFN_LEN != 0 || len > MAX_PFNS * PFN_LEN {
+    if !len.is_multiple_of(PFN_LEN) || len > MAX_PFNS * PFN_LEN {
         return Err(fault());
     }
     let mut bytes = vec![0; len];
@@ -132,8 +134,8 @@ fn inflate(memory: &GuestMemory, reader: &mut Reader<'_>) -> Result<(), GuestFau
     for discard_them in [false, true] {
         for run in runs() {
             let first = u64::from(run.first().copied().unwrap_or_default());
-            let address = GuestAddress(first * PAGE);
-            for slice in memory.get_slices(address, run.len() * PAGE as usize) {
+            let address = GuestAddress(first << PFN_SHIFT);
+            for slice in memory.get_slices(address, run.len() * PAGE_LEN) {
                 let slice = slice.map_err(|_| fault())?;
                 if discard_them {
                     discard(slice.ptr_guard_mut().as_ptr(), slice.len());
@@ -153,9 +155,8 @@ fn report(writer: &Writer<'_>) {
 
 /// Gives back the whole pages in a range of guest memory.
 fn discard(start: *mut u8, len: usize) {
-    let page = PAGE as usize;
-    let before = start.align_offset(page);
-    let Some(len) = len.checked_sub(before).map(|len| len - len % page) else {
+    let before = start.align_offset(PAGE_LEN);
+    let Some(len) = len.checked_sub(before).map(|len| len - len % PAGE_LEN) else {
         return;
     };
     if len == 0 {
@@ -228,11 +229,13 @@ impl VirtioDevice for Balloon {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small constants")]
 mod tests {
     use super::super::test_support::{self, DriverQueue, readable, writable};
     use super::*;
     use vm_memory::{Bytes, GuestMemoryMmap};
 
+    const PAGE: u64 = PAGE_LEN as u64;
     const PAGES: u64 = 256;
     const BUFFER: u64 = 0x8000;
     /// Pages from here on are filled with ones.

@@ -158,6 +158,7 @@ impl VirtioDevice for Rng {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small constants")]
 mod tests {
     use super::super::test_support::{self, Buffer, DriverQueue, readable, writable};
     use super::*;

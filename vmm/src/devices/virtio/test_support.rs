@@ -124,6 +124,7 @@ impl DriverQueue {
     }
 
     /// What the transport hands to the device. A fresh view: both indexes start at 0.
+    #[expect(clippy::cast_possible_truncation, reason = "halves of an address")]
     pub(crate) fn device_side(&self) -> ActiveQueue {
         let mut queue = Queue::new(self.size).unwrap();
         let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
@@ -161,6 +162,7 @@ impl DriverQueue {
     }
 
     /// Makes a chain of `buffers` available and returns its head.
+    #[expect(clippy::cast_possible_truncation, reason = "flags are 16 bits")]
     pub(crate) fn add(&mut self, buffers: &[Buffer]) -> u16 {
         let indexes: Vec<u16> = buffers
             .iter()

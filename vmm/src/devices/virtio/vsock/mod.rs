@@ -8,6 +8,7 @@ mod muxer;
 mod packet;
 mod stream;
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small constants")]
 mod tests;
 
 use std::io;
@@ -186,7 +187,7 @@ impl Active {
                 .map_err(|_| GuestFault::Chain { queue: RX })?;
             budget.spend(header.len as usize);
             // Cannot be truncated: a header and MAX_PAYLOAD.
-            let len = (HEADER_LEN as u32).saturating_add(header.len);
+            let len = u32::try_from(HEADER_LEN + header.len as usize).unwrap_or(u32::MAX);
             queue.add_used(&self.memory, head, len).map_err(fault(RX))?;
             used = true;
         }

@@ -1336,7 +1336,8 @@ fn malformed_transmit_chains_are_faults() {
     let short: &'static [_] = Box::leak(Box::new([readable(TX_BUFFERS, 43)]));
     let empty: &'static [_] = Box::leak(Box::new([readable(TX_BUFFERS, 0)]));
     let write_only: &'static [_] = Box::leak(Box::new([writable(TX_BUFFERS, 4096)]));
-    let cases: [(&str, Box<dyn Fn(&mut Guest)>); 9] = [
+    type Break = Box<dyn Fn(&mut Guest)>;
+    let cases: [(&str, Break); 9] = [
         ("one byte more than there is", Box::new(claims(5))),
         ("4 GiB", Box::new(claims(u32::MAX))),
         ("straddles the end", Box::new(chain(header_at_end))),
