@@ -50,7 +50,6 @@ pub(super) mod opcode {
     pub(crate) const COPY_FILE_RANGE: u32 = 47;
     pub(crate) const SYNCFS: u32 = 50;
     pub(crate) const TMPFILE: u32 = 51;
-    pub(crate) const STATX: u32 = 52;
 }
 
 /// Flags of FUSE_INIT; the upper half travels in `flags2`.
@@ -87,7 +86,7 @@ pub(super) mod fattr {
     pub(crate) const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// GETATTR and STATX: `fh` is valid.
+/// GETATTR: `fh` is valid.
 pub(super) const GETATTR_FH: u32 = 1 << 0;
 /// OPEN and CREATE.
 pub(super) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
@@ -191,52 +190,6 @@ wire! {
         attr_valid_nsec: u32,
         dummy: u32,
         attr: Attr,
-    }
-
-    struct StatxIn = 24 {
-        getattr_flags: u32,
-        reserved: u32,
-        fh: u64,
-        sx_flags: u32,
-        sx_mask: u32,
-    }
-
-    struct SxTime = 16 {
-        tv_sec: i64,
-        tv_nsec: u32,
-        reserved: i32,
-    }
-
-    struct Statx = 256 {
-        mask: u32,
-        blksize: u32,
-        attributes: u64,
-        nlink: u32,
-        uid: u32,
-        gid: u32,
-        mode: u16,
-        spare0: u16,
-        ino: u64,
-        size: u64,
-        blocks: u64,
-        attributes_mask: u64,
-        atime: SxTime,
-        btime: SxTime,
-        ctime: SxTime,
-        mtime: SxTime,
-        rdev_major: u32,
-        rdev_minor: u32,
-        dev_major: u32,
-        dev_minor: u32,
-        spare2: [u64; 14],
-    }
-
-    struct StatxOut = 288 {
-        attr_valid: u64,
-        attr_valid_nsec: u32,
-        flags: u32,
-        spare: [u64; 2],
-        stat: Statx,
     }
 
     struct MknodIn = 16 {

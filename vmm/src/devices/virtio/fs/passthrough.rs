@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Statx, StatxFlags, Timespec, Timestamps,
-    UTIME_NOW, UTIME_OMIT, Uid,
+    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Statx, Timespec, Timestamps, UTIME_NOW,
+    UTIME_OMIT, Uid,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
@@ -225,45 +225,6 @@ impl Passthrough {
         let handle = (input.getattr_flags & abi::GETATTR_FH != 0).then_some(input.fh);
         let (stat, nature) = self.stat(node, handle)?;
         Ok(self.attr_out(nature, &stat))
-    }
-
-    pub(super) fn statx(&self, node: NodeId, input: &abi::StatxIn) -> Result<abi::StatxOut, Errno> {
-        let handle = (input.getattr_flags & abi::GETATTR_FH != 0).then_some(input.fh);
-        let (stat, nature) = self.stat(node, handle)?;
-        let (mode, (rdev_major, rdev_minor)) = shown(nature, &stat);
-        let device = (stat.stx_dev_major, stat.stx_dev_minor);
-        let time = |time: rustix::fs::StatxTimestamp| abi::SxTime {
-            tv_sec: time.tv_sec,
-            tv_nsec: time.tv_nsec,
-            reserved: 0,
-        };
-        let valid = Caching::of(nature.private).attributes;
-        let known = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        Ok(abi::StatxOut {
-            attr_valid: valid.as_secs(),
-            attr_valid_nsec: valid.subsec_nanos(),
-            stat: abi::Statx {
-                mask: stat.stx_mask & known.bits(),
-                blksize: stat.stx_blksize,
-                attributes: stat.stx_attributes.bits(),
-                nlink: stat.stx_nlink,
-                uid: stat.stx_uid,
-                gid: stat.stx_gid,
-                mode,
-                ino: self.inodes.number(device, stat.stx_ino),
-                size: stat.stx_size,
-                blocks: stat.stx_blocks,
-                attributes_mask: stat.stx_attributes_mask.bits(),
-                atime: time(stat.stx_atime),
-                btime: time(stat.stx_btime),
-                ctime: time(stat.stx_ctime),
-                mtime: time(stat.stx_mtime),
-                rdev_major,
-                rdev_minor,
-                ..abi::Statx::default()
-            },
-            ..abi::StatxOut::default()
-        })
     }
 
     pub(super) fn setattr(

@@ -29,7 +29,6 @@ pub(super) enum Operation<'a> {
         nodes: &'a [u8],
     },
     Getattr(abi::GetattrIn),
-    Statx(abi::StatxIn),
     Setattr(abi::SetattrIn),
     Readlink,
     Symlink {
@@ -141,7 +140,6 @@ impl<'a> Operation<'a> {
                 }
             }
             opcode::GETATTR => Operation::Getattr(body.structure()?),
-            opcode::STATX => Operation::Statx(body.structure()?),
             opcode::SETATTR => Operation::Setattr(body.structure()?),
             opcode::READLINK => Operation::Readlink,
             opcode::SYMLINK => Operation::Symlink {
@@ -233,7 +231,9 @@ impl<'a> Operation<'a> {
                 body.structure::<abi::SyncfsIn>()?;
                 Operation::Syncfs
             }
-            // FLUSH is one of them: there is nothing to do when a descriptor is closed, and Linux stops asking.
+            // Linux does not ask again for what gets this answer. FLUSH: nothing is to be done when a descriptor is
+            // closed. STATX: it is asked whenever a program might want the time of birth, as Node and Rust programs do
+            // with each file; without it they are content with what is cached.
             _ => return Err(Errno::NOSYS),
         };
         if body.0.is_empty() {
@@ -255,7 +255,6 @@ impl<'a> Operation<'a> {
                 size_of::<abi::EntryOut>() + size_of::<abi::OpenOut>()
             }
             Operation::Getattr(_) | Operation::Setattr(_) => size_of::<abi::AttrOut>(),
-            Operation::Statx(_) => size_of::<abi::StatxOut>(),
             Operation::Open(_) | Operation::Opendir => size_of::<abi::OpenOut>(),
             Operation::Write(_) | Operation::CopyFileRange(_) => size_of::<abi::WriteOut>(),
             Operation::Statfs => size_of::<abi::Kstatfs>(),

@@ -35,6 +35,19 @@ impl SelfFd {
         )?))
     }
 
+    /// Whether this is still the process that `open` was called in: its descriptors would mean other files otherwise.
+    /// `file` is any descriptor.
+    pub(super) fn check(&self, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let found = stat(self.reopen(file, OFlags::PATH)?)?;
+        let meant = stat(file)?;
+        let identity = |stat: &Statx| (stat.stx_mnt_id, stat.stx_ino, stat.stx_dev_minor);
+        if identity(&found) == identity(&meant) {
+            Ok(())
+        } else {
+            Err(Errno::SRCH)
+        }
+    }
+
     /// Opens the file that `path` pins. The caller knows that it is a regular file or a directory: opening anything
     /// else may block or reach a driver.
     pub(super) fn reopen(&self, path: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {

@@ -87,6 +87,7 @@ impl Server {
         private: Vec<CString>,
         budget: Budget,
     ) -> io::Result<()> {
+        self.self_fd.check(root.as_fd())?;
         let share = Passthrough::new(self.self_fd.clone(), root, private, budget)?;
         self.share
             .set(share)
@@ -249,7 +250,6 @@ fn execute(
             }
         }
         Operation::Getattr(input) => put(reply, &share.getattr(node, input)?),
-        Operation::Statx(input) => put(reply, &share.statx(node, input)?),
         Operation::Setattr(input) => put(reply, &share.setattr(credentials, node, input)?),
         Operation::Readlink => put_bytes(reply, share.readlink(node)?.as_bytes(), room)?,
         Operation::Symlink { name, target } => {

@@ -194,8 +194,8 @@ fn links_are_never_followed() {
         // The link itself.
         let attr = guest.setattr(link, &set(fattr::MTIME)).unwrap();
         assert_eq!((attr.mtime, attr.mode & libc::S_IFMT), (1, libc::S_IFLNK));
-        if rustix::process::geteuid().is_root() {
-            assert_eq!(guest.setattr(link, &set(fattr::UID)).unwrap().uid, 7);
+        if let Ok(attr) = guest.setattr(link, &set(fattr::UID)) {
+            assert_eq!(attr.uid, 7);
         }
         assert!(guest.setxattr(link, c"user.x", b"1").is_err());
         assert_eq!(guest.getxattr(link, c"user.x", 10), Err(Errno::NODATA));

@@ -3,5 +3,7 @@
 
 mod device;
 mod hostile;
+mod kernel;
 mod limits;
+mod mounts;
 mod semantics;
