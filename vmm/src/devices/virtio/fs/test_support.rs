@@ -41,7 +41,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         // What a test has mounted, the last first.
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
         let points = mounts.lines().rev().filter_map(|line| line.split(' ').nth(4));
         for point in points.filter(|point| Path::new(point).starts_with(&self.0)) {
             let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
