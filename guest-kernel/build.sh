@@ -194,7 +194,7 @@ build() {
 
     say "building $package $version"
     started=$SECONDS
-    run_make "$objects/build.log" -C "$tree" O="$objects" -j"$(nproc)" vmlinux
+    run_make "$objects/build.log" -C "$tree" O="$objects" -j"$(nproc)" KCFLAGS=-pipe vmlinux
 
     scratch=$(mktemp -d "$cache/.kernel.XXXXXX")
     trap 'rm -rf "$scratch"' EXIT
