@@ -274,7 +274,7 @@ impl Container {
         }
     }
 
-    /// The guest is up. Everything up to the container, or up to its start, goes out at once.
+    /// The guest is up. Everything up to the container goes out at once.
     fn ready(&mut self, now: Instant) -> Vec<Action> {
         let Some(guest) = self.guest.take() else {
             return Vec::new();
@@ -285,7 +285,7 @@ impl Container {
         }
         self.phase = Phase::Creating;
         let deadline = Some(now + self.deadlines.request);
-        let mut actions = vec![
+        vec![
             Action::Report(Report::Stage(Stage::Create)),
             Action::Ask {
                 request: AgentRequest::Prepare {
@@ -304,11 +304,7 @@ impl Container {
                 asked: Asked::Create,
                 deadline,
             },
-        ];
-        if self.start {
-            actions.push(self.ask_start(None, now));
-        }
-        actions
+        ]
     }
 
     fn ask_start(&self, verb: Option<Verb>, now: Instant) -> Action {
@@ -330,7 +326,7 @@ impl Container {
         match (asked, result) {
             (Asked::Prepare, Ok(_)) | (Asked::Nothing, _) => Vec::new(),
             (Asked::Prepare, Err(error)) => self.fail_guest(format!("prepare the guest: {error}")),
-            (Asked::Create, Ok(AgentReply::Created { .. })) => self.created(),
+            (Asked::Create, Ok(AgentReply::Created { .. })) => self.created(now),
             (Asked::Create, Ok(_)) => self.fail_guest("the agent gave a wrong answer".into()),
             (Asked::Create, Err(error)) => self.fail(Failure::Refused(start_error(&self.args, error))),
             (Asked::Start(verb), result) => self.started(verb, result.err()),
@@ -354,23 +350,21 @@ impl Container {
         }
     }
 
-    fn created(&mut self) -> Vec<Action> {
+    fn created(&mut self, now: Instant) -> Vec<Action> {
         if self.phase != Phase::Creating {
             return Vec::new();
         }
-        self.phase = if self.start {
-            Phase::Starting
-        } else {
-            Phase::Created
-        };
-        vec![Action::Report(Report::Created)]
+        self.phase = Phase::Created;
+        let mut actions = vec![Action::Report(Report::Created)];
+        if self.start {
+            self.phase = Phase::Starting;
+            let stage = Report::Stage(Stage::Start);
+            actions.extend([Action::Report(stage), self.ask_start(None, now)]);
+        }
+        actions
     }
 
     fn started(&mut self, verb: Option<Verb>, error: Option<AgentError>) -> Vec<Action> {
-        if self.phase == Phase::Creating {
-            // The create before it failed or is going to: that is what gets reported.
-            return Vec::new();
-        }
         let Some(error) = error else {
             if self.phase == Phase::Starting {
                 self.phase = Phase::Running;

@@ -197,14 +197,14 @@ fn a_life_from_boot_to_exit_status() {
 }
 
 #[test]
-fn run_asks_for_everything_at_once() {
+fn run_starts_what_it_creates() {
     let mut container = booting(true);
-    let actions = container.from_agent(ready(), NOW());
+    container.from_agent(ready(), NOW());
+    let actions = container.from_agent(created_answer(), NOW());
     assert_eq!(
         words(&actions),
-        ["report Stage(Create)", "ask Prepare", "ask Create", "ask Start"]
+        ["report Created", "report Stage(Start)", "ask Start"]
     );
-    container.from_agent(created_answer(), NOW());
     let actions = container.from_agent(done(Asked::Start(None)), NOW());
     assert_eq!(words(&actions), ["report Started"]);
 }
