@@ -34,9 +34,12 @@ done
 
 fragments=("$here"/config/*.config)
 
+# The fragments without their comments, which change no kernel.
+settings() { grep -hE '^(# )?CONFIG_' "${fragments[@]}"; }
+
 # All that decides what comes out, but for the version of the source package.
 recipe() {
-    { cat "${BASH_SOURCE[0]}" "${fragments[@]}"; gcc -dumpfullversion; } | sha256sum | cut -c1-16
+    { cat "${BASH_SOURCE[0]}"; settings; gcc -dumpfullversion 2>/dev/null || true; } | sha256sum | cut -c1-16
 }
 
 built_from() { sed -n "s/^$2: //p" "$1/vmlinux.version" 2>/dev/null || true; }
@@ -161,16 +164,17 @@ verify_config() {
 
 # run_make LOG ARGUMENTS...: make, with a line of progress every fifteen seconds.
 run_make() {
-    local log=$1 pid start=$SECONDS
+    local log=$1 ticker status=0
     shift
-    make "$@" >"$log" 2>&1 &
-    pid=$!
-    while kill -0 "$pid" 2>/dev/null; do
-        read -r -t 15 <> <(:) || true
-        kill -0 "$pid" 2>/dev/null &&
-            say "$(grep -cE '^  (CC|AS|LD|AR) ' "$log" || true) objects built, $((SECONDS - start)) s"
-    done
-    wait "$pid" || { grep -E 'error|Error|\*\*\*' "$log" | head -20 >&2; die "make failed, see $log"; }
+    # The sleep may outlive the build and must hold neither the caller's output nor the lock.
+    while sleep 15 >/dev/null 2>&1 9>&-; do
+        say "$(grep -cE '^  (CC|AS|LD|AR) ' "$log" || true) objects built, $SECONDS s"
+    done &
+    ticker=$!
+    make "$@" >"$log" 2>&1 || status=$?
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    [ "$status" = 0 ] || { grep -E 'error|Error|\*\*\*' "$log" | head -20 >&2; die "make failed, see $log"; }
 }
 
 # build VERSION TREE ENTRY
@@ -187,7 +191,7 @@ build() {
     export KBUILD_BUILD_VERSION=1 LC_ALL=C
     unset MAKEFLAGS MAKELEVEL MFLAGS
 
-    cat "${fragments[@]}" >"$objects/fragments"
+    settings >"$objects/fragments"
     make -s -C "$tree" O="$objects" KCONFIG_ALLCONFIG="$objects/fragments" allnoconfig >"$objects/config.log" 2>&1 ||
         { tail -20 "$objects/config.log" >&2; die "allnoconfig failed"; }
     verify_config "$objects/.config"
@@ -224,6 +228,8 @@ if [ -z "$update" ] && present "$outdir" && [ "$(built_from "$outdir" recipe)" =
 fi
 check_fragments
 install_tools
+# The compiler may only be there now.
+recipe=$(recipe)
 [ -z "$update" ] || refresh_lists
 version=$(source_version)
 entry=$cache/kernel-$version-$recipe
