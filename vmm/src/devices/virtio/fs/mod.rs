@@ -44,7 +44,8 @@ const REQUEST_QUEUES: u32 = 1;
 /// virtio 1.2, 5.11.4: `tag`, padded with zeroes, then `num_request_queues`.
 const TAG_SIZE: usize = 36;
 const CONFIG_SIZE: usize = TAG_SIZE + size_of::<u32>();
-const THREADS: usize = 1;
+/// One that serves, and two that take over while others wait for a disk.
+const THREADS: usize = 3;
 
 /// The file system device.
 #[derive(Debug)]

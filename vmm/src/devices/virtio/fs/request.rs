@@ -123,6 +123,18 @@ pub(super) fn has_reply(opcode: u32) -> bool {
     )
 }
 
+/// Whether the host may have to write or copy a lot for it.
+pub(super) fn may_take_long(opcode: u32) -> bool {
+    matches!(
+        opcode,
+        opcode::FSYNC
+            | opcode::FSYNCDIR
+            | opcode::SYNCFS
+            | opcode::FALLOCATE
+            | opcode::COPY_FILE_RANGE
+    )
+}
+
 impl<'a> Operation<'a> {
     /// Parses what follows the header.
     pub(super) fn parse(opcode: u32, body: &'a [u8]) -> Result<Operation<'a>, Errno> {

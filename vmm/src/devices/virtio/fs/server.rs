@@ -118,12 +118,13 @@ impl Server {
     }
 
     /// Serves the request in `reader` and returns how many bytes of `writer` hold the reply. An error means that the
-    /// buffers are too small for header and reply header.
+    /// buffers are too small for header and reply header. Calls `before_long` before it does what may take long.
     pub(super) fn handle(
         &self,
         task: &mut Task,
         mut reader: Reader<'_>,
         mut writer: Writer<'_>,
+        before_long: impl FnOnce(),
     ) -> Result<usize, TooShort> {
         let length = reader.remaining();
         let header: abi::InHeader = reader.read_obj()?;
@@ -135,6 +136,9 @@ impl Server {
         }
         let body = writer.split_at(size_of::<abi::OutHeader>())?;
         task.reply.clear();
+        if request::may_take_long(header.opcode) {
+            before_long();
+        }
         let result = self.serve(task, &header, length, &mut reader, Some(&body));
         finish(&task.reply, header.unique, result, writer, body)
     }

@@ -42,7 +42,10 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // What a test has mounted, the last first.
         let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().rev().filter_map(|line| line.split(' ').nth(4));
+        let points = mounts
+            .lines()
+            .rev()
+            .filter_map(|line| line.split(' ').nth(4));
         for point in points.filter(|point| Path::new(point).starts_with(&self.0)) {
             let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
         }
@@ -191,7 +194,7 @@ impl Guest {
         let (reader, writer) = chain::split(1, popped, &self.memory).unwrap();
         let written = self
             .server
-            .handle(&mut self.task, reader, writer)
+            .handle(&mut self.task, reader, writer, || {})
             .unwrap_or(0);
         virtio_queue::QueueT::add_used(
             &mut self.device,

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The threads that serve the queues. They all serve all queues; one is enough until a request waits for a slow disk.
+//! The threads that serve the queues. One leads: it alone waits for kicks and serves what comes. Before something that
+//! may take long (an fsync) it hands over to another, and waits for its turn to lead again afterwards. So a request
+//! wakes one thread, and a slow one does not hold up the rest until all threads are busy with such.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -21,7 +24,7 @@ use crate::memory::GuestMemory;
 /// The threads of an active device; dropping it stops and joins them.
 #[derive(Debug)]
 pub(super) struct Workers {
-    exit: Arc<EventFd>,
+    exit: Arc<Exit>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -31,13 +34,12 @@ impl Workers {
         server: &Arc<Server>,
         activation: Activation,
     ) -> io::Result<Workers> {
-        let exit = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let mut workers = Workers {
-            exit,
-            threads: Vec::with_capacity(count),
-        };
+        let exit = Arc::new(Exit {
+            event: EventFd::new(EFD_NONBLOCK)?,
+            wanted: AtomicBool::new(false),
+        });
         let active = activation.queues.into_iter().enumerate();
-        let queues: Arc<[SharedQueue]> = active
+        let queues = active
             .filter(|(_, active)| active.queue.ready())
             .map(|(index, active)| SharedQueue {
                 index,
@@ -45,15 +47,21 @@ impl Workers {
                 kick: active.kick,
             })
             .collect();
+        let worker = Arc::new(Worker {
+            server: server.clone(),
+            queues,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            exit: exit.clone(),
+            leadership: Mutex::new(()),
+        });
+        let mut workers = Workers {
+            exit,
+            threads: Vec::with_capacity(count),
+        };
         let (started, starts) = channel();
         for number in 0..count {
-            let worker = Worker {
-                server: server.clone(),
-                queues: queues.clone(),
-                memory: activation.memory.clone(),
-                interrupt: activation.interrupt.clone(),
-                exit: workers.exit.clone(),
-            };
+            let worker = worker.clone();
             let started = started.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("fs{number}"))
@@ -70,12 +78,20 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
+        self.exit.wanted.store(true, Ordering::Release);
         // Adding one to a counter that nobody else adds to does not fail. It is never read: all threads see it.
-        let _ = self.exit.write(1);
+        let _ = self.exit.event.write(1);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
+}
+
+/// Tells the threads to leave: those that wait, and those whose driver never lets them rest.
+#[derive(Debug)]
+struct Exit {
+    event: EventFd,
+    wanted: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -85,14 +101,19 @@ struct SharedQueue {
     kick: Arc<EventFd>,
 }
 
+/// What all threads have in common.
 #[derive(Debug)]
 struct Worker {
     server: Arc<Server>,
-    queues: Arc<[SharedQueue]>,
+    queues: Vec<SharedQueue>,
     memory: GuestMemory,
     interrupt: Interrupt,
-    exit: Arc<EventFd>,
+    exit: Arc<Exit>,
+    leadership: Mutex<()>,
 }
+
+/// Held by the thread that leads; `None` when it has handed over.
+type Leadership<'a> = Option<MutexGuard<'a, ()>>;
 
 impl Worker {
     fn run(&self, started: Sender<io::Result<()>>) {
@@ -106,23 +127,33 @@ impl Worker {
         };
         let _ = started.send(Ok(()));
         drop(started);
-        // The driver may have kicked before this thread was there; those kicks are still in the event fds.
-        while self.wait() {
-            for queue in self.queues.iter() {
-                if let Err(fault) = self.drain(queue, &mut task) {
-                    warn_limited!("virtio-fs: {fault}");
-                    self.interrupt.needs_reset();
-                    return;
-                }
+        if let Err(fault) = self.take_turns(&mut task) {
+            warn_limited!("virtio-fs: {fault}");
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn take_turns(&self, task: &mut Task) -> Result<(), GuestFault> {
+        while !self.is_over() {
+            let mut leadership = Some(lock(&self.leadership));
+            // What came before this thread led, and whose kicks another one may have seen.
+            self.drain_all(task, &mut leadership)?;
+            while leadership.is_some() && self.wait() {
+                self.drain_all(task, &mut leadership)?;
             }
         }
+        Ok(())
+    }
+
+    fn is_over(&self) -> bool {
+        self.exit.wanted.load(Ordering::Acquire)
     }
 
     /// Waits for a kick; false when it is time to leave.
     fn wait(&self) -> bool {
-        let exit: BorrowedFd<'_> = as_fd(&self.exit);
+        let exit: BorrowedFd<'_> = as_fd(&self.exit.event);
         let mut sources = vec![PollFd::from_borrowed_fd(exit, PollFlags::IN)];
-        for queue in self.queues.iter() {
+        for queue in &self.queues {
             sources.push(PollFd::from_borrowed_fd(as_fd(&queue.kick), PollFlags::IN));
         }
         loop {
@@ -130,31 +161,53 @@ impl Worker {
                 Ok(_) => break,
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(error) => {
+                    // Not with valid arguments; going on would be a busy loop.
                     log::error!("virtio-fs: poll: {error}");
-                    return false;
+                    self.exit.wanted.store(true, Ordering::Release);
                 }
             }
+            if self.is_over() {
+                return false;
+            }
         }
-        let mut ready = sources.iter().map(|source| !source.revents().is_empty());
-        if ready.next().unwrap_or(true) {
-            return false;
-        }
-        for (queue, ready) in self.queues.iter().zip(ready) {
-            if ready {
-                // Another thread may have been faster.
+        let kicked = sources.iter().skip(1);
+        for (queue, source) in self.queues.iter().zip(kicked) {
+            if !source.revents().is_empty() {
+                // Only the one that leads reads it, and it is readable.
                 let _ = queue.kick.read();
             }
         }
-        true
+        !self.is_over()
     }
 
-    /// Serves what is available, until there is nothing more.
-    fn drain(&self, shared: &SharedQueue, task: &mut Task) -> Result<(), GuestFault> {
+    fn drain_all<'a>(
+        &'a self,
+        task: &mut Task,
+        leadership: &mut Leadership<'a>,
+    ) -> Result<(), GuestFault> {
+        for queue in &self.queues {
+            if leadership.is_some() {
+                self.drain(queue, task, leadership)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves what is available, until there is nothing more or another thread leads.
+    fn drain(
+        &self,
+        shared: &SharedQueue,
+        task: &mut Task,
+        leadership: &mut Leadership<'_>,
+    ) -> Result<(), GuestFault> {
         loop {
             while let Some(chain) = self.next(shared)? {
                 let head = chain.head_index();
                 let written = match chain::split(shared.index, chain, &self.memory) {
-                    Ok((reader, writer)) => self.server.handle(task, reader, writer),
+                    Ok((reader, writer)) => {
+                        let hand_over = || *leadership = None;
+                        self.server.handle(task, reader, writer, hand_over)
+                    }
                     Err(fault) => {
                         warn_limited!("virtio-fs: {fault}");
                         Ok(0)
@@ -165,9 +218,11 @@ impl Worker {
                     0
                 });
                 self.complete(shared, head, written)?;
+                if leadership.is_none() || self.is_over() {
+                    return Ok(());
+                }
             }
-            let mut queue = lock(shared);
-            let more = queue.enable_notification(&self.memory);
+            let more = lock(&shared.queue).enable_notification(&self.memory);
             if !more.map_err(|source| shared.fault(source))? {
                 return Ok(());
             }
@@ -175,7 +230,7 @@ impl Worker {
     }
 
     fn next(&self, shared: &SharedQueue) -> Result<Option<Chain<'_>>, GuestFault> {
-        let mut queue = lock(shared);
+        let mut queue = lock(&shared.queue);
         queue
             .disable_notification(&self.memory)
             .map_err(|source| shared.fault(source))?;
@@ -183,7 +238,7 @@ impl Worker {
     }
 
     fn complete(&self, shared: &SharedQueue, head: u16, written: usize) -> Result<(), GuestFault> {
-        let mut queue = lock(shared);
+        let mut queue = lock(&shared.queue);
         // A reply is at most as long as its chain, and that is less than 4 GiB.
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         queue
@@ -208,8 +263,8 @@ impl SharedQueue {
     }
 }
 
-fn lock(shared: &SharedQueue) -> std::sync::MutexGuard<'_, Queue> {
-    shared.queue.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn as_fd(event: &EventFd) -> BorrowedFd<'_> {

@@ -201,6 +201,75 @@ fn malformed_chains_are_returned_and_wild_rings_stop_the_device() {
     driver.device.reset();
 }
 
+/// All threads in turn, some of them at the same time, and no reply lost or doubled.
+#[test]
+fn slow_requests_are_handed_on() {
+    let mut driver = Driver::new();
+    driver.activate();
+    driver.init();
+    for round in 0..50 {
+        for slot in 1..100 {
+            // A handle that does not exist: as slow as any to the threads.
+            let opcode = match slot % 3 {
+                0 => opcode::FSYNC,
+                1 => opcode::SYNCFS,
+                _ => opcode::GETATTR,
+            };
+            let length = if opcode == opcode::SYNCFS { 8 } else { 16 };
+            driver.put(1, opcode, &[0; 16][..length], slot);
+            if round % 2 == 0 {
+                driver.kicks[1].write(1).unwrap();
+            }
+        }
+        driver.kicks[1].write(1).unwrap();
+        let mut slots = std::collections::HashSet::new();
+        while slots.len() < 99 {
+            let before = driver.queues[1].used_index();
+            driver.queues[1].set_used_event(before);
+            while let Some((head, _)) = driver.queues[1].used() {
+                assert!(slots.insert(head));
+            }
+            if slots.len() < 99 && driver.queues[1].used_index() == before {
+                driver.wait();
+            }
+        }
+        for slot in 1..100 {
+            let error = if slot % 3 == 0 { -libc::EBADF } else { 0 };
+            assert_eq!(driver.reply(slot).unique, slot);
+            assert_eq!(driver.reply(slot).error, error);
+        }
+    }
+    driver.device.reset();
+}
+
+/// A driver that never stops asking cannot keep the device from being reset.
+#[test]
+fn a_flood_does_not_delay_the_reset() {
+    let mut driver = Driver::new();
+    driver.activate();
+    driver.init();
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut device = std::mem::replace(&mut driver.device, Fs::new("other", 0).unwrap());
+    let flood = std::thread::spawn({
+        let stop = stop.clone();
+        move || {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                while driver.queues[1].used().is_some() {}
+                while driver.queues[1].free() >= 2 {
+                    driver.put(1, opcode::GETATTR, &[0; 16], 1);
+                }
+                driver.kicks[1].write(1).unwrap();
+            }
+        }
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    device.reset();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    flood.join().unwrap();
+}
+
 #[test]
 fn a_kick_before_the_threads_start_is_not_lost() {
     let mut driver = Driver::new();
