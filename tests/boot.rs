@@ -16,7 +16,11 @@ print(open("/etc/os-release").readline().strip())
     let outcome = Runtime::new().run(&Bundle::python(program).build());
     let lines: Vec<&str> = outcome.ok().lines().collect();
     let host = rustix::system::uname();
-    assert_ne!(lines[0], host.release().to_str().unwrap(), "a kernel of its own");
+    assert_ne!(
+        lines[0],
+        host.release().to_str().unwrap(),
+        "a kernel of its own"
+    );
     assert_eq!(lines[1], "test-container");
     assert_eq!(lines[2], "1");
     assert_eq!(lines[3], "499500");
@@ -29,7 +33,11 @@ fn a_bundle_path_is_enough() {
     let bundle = Bundle::script("hostname").build();
     let outcome = runtime.call(&["run", bundle.path().to_str().unwrap()]);
     assert_eq!(outcome.ok(), "test-container");
-    assert_eq!(std::fs::read_dir(runtime.root()).unwrap().count(), 0, "nothing is left");
+    assert_eq!(
+        std::fs::read_dir(runtime.root()).unwrap().count(),
+        0,
+        "nothing is left"
+    );
 }
 
 #[test]
@@ -48,11 +56,12 @@ fn two_run_at_once() {
 
 #[test]
 fn several_cpus_and_the_memory_asked_for() {
-    let bundle = Bundle::script("nproc; grep MemTotal /proc/meminfo; cat /sys/fs/cgroup/memory.max")
-        .set("/linux/resources/cpu/quota", 200_000)
-        .set("/linux/resources/cpu/period", 100_000)
-        .set("/linux/resources/memory/limit", 256 << 20)
-        .build();
+    let bundle =
+        Bundle::script("nproc; grep MemTotal /proc/meminfo; cat /sys/fs/cgroup/memory.max")
+            .set("/linux/resources/cpu/quota", 200_000)
+            .set("/linux/resources/cpu/period", 100_000)
+            .set("/linux/resources/memory/limit", 256 << 20)
+            .build();
     let outcome = Runtime::new().run(&bundle);
     let lines: Vec<&str> = outcome.ok().lines().collect();
     assert_eq!(lines[0], "2");

@@ -18,14 +18,19 @@ for port in (8080, 80):
 ";
     let user = |bundle: harness::BundleBuilder| {
         bundle
-            .set("/linux/sysctl", json!({"net.ipv4.ip_unprivileged_port_start": "1024"}))
+            .set(
+                "/linux/sysctl",
+                json!({"net.ipv4.ip_unprivileged_port_start": "1024"}),
+            )
             .set("/process/user/uid", 1000)
             .set("/process/user/gid", 1000)
     };
     let without = user(Bundle::python(program)).capabilities(&[]).build();
     let runtime = Runtime::new();
     assert_eq!(runtime.run(&without).ok(), "8080 bound\n80 refused");
-    let with = user(Bundle::python(program)).capabilities(&["CAP_NET_BIND_SERVICE"]).build();
+    let with = user(Bundle::python(program))
+        .capabilities(&["CAP_NET_BIND_SERVICE"])
+        .build();
     assert_eq!(runtime.run(&with).ok(), "8080 bound\n80 bound");
 }
 
@@ -39,29 +44,38 @@ for _ in range(64): os.chdir('..')
 os.chroot('.')
 print(open('/etc/os-release').readline().strip(), os.path.exists('/run/share'), os.path.exists('/init'))
 ";
-    let bundle = Bundle::python(program).capabilities(&["CAP_SYS_CHROOT"]).build();
+    let bundle = Bundle::python(program)
+        .capabilities(&["CAP_SYS_CHROOT"])
+        .build();
     let outcome = Runtime::new().run(&bundle);
-    assert!(outcome.ok().contains("Debian") && outcome.ok().ends_with("False False"), "{outcome:?}");
+    assert!(
+        outcome.ok().contains("Debian") && outcome.ok().ends_with("False False"),
+        "{outcome:?}"
+    );
 }
 
 #[test]
 fn seccomp_refuses_what_the_profile_forbids() {
-    let bundle = Bundle::script("mkdir /tmp/a && echo made; sethostname 2>/dev/null; echo still here")
-        .set(
-            "/linux/seccomp",
-            json!({
-                "defaultAction": "SCMP_ACT_ALLOW",
-                "architectures": ["SCMP_ARCH_X86_64"],
-                "syscalls": [
-                    {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
-                    {"names": ["nosuchcall"], "action": "SCMP_ACT_KILL"}
-                ]
-            }),
-        )
-        .build();
+    let bundle =
+        Bundle::script("mkdir /tmp/a && echo made; sethostname 2>/dev/null; echo still here")
+            .set(
+                "/linux/seccomp",
+                json!({
+                    "defaultAction": "SCMP_ACT_ALLOW",
+                    "architectures": ["SCMP_ARCH_X86_64"],
+                    "syscalls": [
+                        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+                        {"names": ["nosuchcall"], "action": "SCMP_ACT_KILL"}
+                    ]
+                }),
+            )
+            .build();
     let outcome = Runtime::new().run(&bundle);
     assert_eq!(outcome.ok(), "still here");
-    assert!(outcome.stderr.contains("Function not implemented"), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("Function not implemented"),
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -73,9 +87,15 @@ fn a_read_only_root_stays_read_only() {
         .build();
     let outcome = Runtime::new().run(&bundle);
     assert_eq!(outcome.ok(), "end");
-    assert!(outcome.stderr.contains("Read-only file system"), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("Read-only file system"),
+        "{outcome:?}"
+    );
     if Runtime::new().is_sandbox() {
-        assert!(!bundle.rootfs().join("x").exists(), "the host enforces it too");
+        assert!(
+            !bundle.rootfs().join("x").exists(),
+            "the host enforces it too"
+        );
     }
 }
 
@@ -103,14 +123,21 @@ fn masked_and_read_only_paths() {
     let script = "cat /proc/keys | wc -c; ls /sys/firmware | wc -l; echo 1 > /proc/sys/kernel/pid_max; echo end";
     let outcome = Runtime::new().run(&Bundle::script(script).build());
     assert_eq!(outcome.ok(), "0\n0\nend");
-    assert!(outcome.stderr.contains("Read-only file system"), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("Read-only file system"),
+        "{outcome:?}"
+    );
 }
 
 #[test]
 fn the_user_and_its_limits_are_as_asked() {
-    let script = "id -u; id -g; id -G; ulimit -n; pwd; grep NoNewPrivs /proc/self/status; echo $GREETING";
+    let script =
+        "id -u; id -g; id -G; ulimit -n; pwd; grep NoNewPrivs /proc/self/status; echo $GREETING";
     let bundle = Bundle::script(script)
-        .set("/process/user", json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 6]}))
+        .set(
+            "/process/user",
+            json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 6]}),
+        )
         .set("/process/cwd", "/tmp")
         .env("GREETING=hello world")
         .build();

@@ -39,7 +39,12 @@ fn what_the_state_forbids_is_refused() {
     container.start();
     let again = container.call("start", &[]);
     assert_eq!(again.status, 1);
-    assert!(again.stderr.contains("cannot start an already running container"), "{again:?}");
+    assert!(
+        again
+            .stderr
+            .contains("cannot start an already running container"),
+        "{again:?}"
+    );
     let delete = container.call("delete", &[]);
     assert_eq!(delete.status, 1);
     assert!(delete.stderr.contains("not stopped"), "{delete:?}");
@@ -59,7 +64,9 @@ fn delete_force_ends_a_running_container() {
     container.start();
     let pid = container.state()["pid"].to_string();
     container.call("delete", &["--force"]).ok();
-    harness::wait_until("the process is gone", || !fs::exists(format!("/proc/{pid}/exe")).unwrap());
+    harness::wait_until("the process is gone", || {
+        !fs::exists(format!("/proc/{pid}/exe")).unwrap()
+    });
     runtime.call(&["delete", "--force", "nosuch"]).ok();
     assert_eq!(fs::read_dir(runtime.root()).unwrap().count(), 0);
 }
@@ -86,13 +93,25 @@ fn exec_runs_beside_the_init_process() {
     assert!(processes.ok().contains("sleep 1000"), "{processes:?}");
     let id = container.id().to_owned();
     let as_user = runtime.call(&[
-        "exec", "--user", "1000:1001", "--cwd", "/tmp", "--env", "WHO=me", &id, "/bin/sh", "-c",
+        "exec",
+        "--user",
+        "1000:1001",
+        "--cwd",
+        "/tmp",
+        "--env",
+        "WHO=me",
+        &id,
+        "/bin/sh",
+        "-c",
         "id -u; id -g; pwd; echo $WHO",
     ]);
     assert_eq!(as_user.ok(), "1000\n1001\n/tmp\nme");
     let missing = container.exec(&["/bin/nosuch"]);
     assert_ne!(missing.status, 0);
-    assert!(missing.stderr.contains("no such file or directory"), "{missing:?}");
+    assert!(
+        missing.stderr.contains("no such file or directory"),
+        "{missing:?}"
+    );
 }
 
 #[test]
@@ -105,11 +124,19 @@ fn a_detached_exec_has_a_pid_of_its_own() {
     let id = container.id().to_owned();
     let mut command = runtime.command();
     command.args(["exec", "--detach", "--pid-file"]);
-    command.arg(&pid_file).args([&id, "/bin/sh", "-c", "echo $$ > /tmp/ran; sleep 1000"]);
+    command
+        .arg(&pid_file)
+        .args([&id, "/bin/sh", "-c", "echo $$ > /tmp/ran; sleep 1000"]);
     let status = command.stdin(std::process::Stdio::null()).status().unwrap();
     assert!(status.success());
-    let pid: i32 = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
-    harness::wait_until("the exec runs", || container.bundle().rootfs().join("tmp/ran").exists());
+    let pid: i32 = fs::read_to_string(&pid_file)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    harness::wait_until("the exec runs", || {
+        container.bundle().rootfs().join("tmp/ran").exists()
+    });
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     harness::wait_until("the exec ends", || {

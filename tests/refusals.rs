@@ -11,7 +11,11 @@ use harness::{Bundle, Runtime};
 fn refused(runtime: &Runtime, bundle: &Path) -> String {
     let outcome = runtime.call(&["run", "-b", bundle.to_str().unwrap(), "refused"]);
     let line = outcome.refusal().to_owned();
-    assert_eq!(fs::read_dir(runtime.root()).unwrap().count(), 0, "left behind after: {line}");
+    assert_eq!(
+        fs::read_dir(runtime.root()).unwrap().count(),
+        0,
+        "left behind after: {line}"
+    );
     line
 }
 
@@ -23,13 +27,20 @@ fn check(bundle: &Bundle, expected: &str) {
 #[test]
 fn a_bundle_that_is_not_there() {
     let line = refused(&Runtime::new(), Path::new("/nonexistent"));
-    assert!(line.contains("/nonexistent") && line.contains("no such file or directory"), "{line}");
+    assert!(
+        line.contains("/nonexistent") && line.contains("no such file or directory"),
+        "{line}"
+    );
 }
 
 #[test]
 fn a_config_that_is_missing_or_not_json() {
     let bundle = Bundle::script("true").build();
-    fs::write(bundle.path().join("config.json"), "{\n  \"ociVersion\": 1.0.2\n}").unwrap();
+    fs::write(
+        bundle.path().join("config.json"),
+        "{\n  \"ociVersion\": 1.0.2\n}",
+    )
+    .unwrap();
     if Runtime::new().is_sandbox() {
         check(&bundle, "line 2 column");
     }
@@ -44,21 +55,59 @@ fn fields_are_named() {
     if Runtime::new().is_sandbox() {
         check(&nested, "config.json");
     }
-    check(&Bundle::script("true").set("/ociVersion", "9.0.0").build(), "ociVersion");
-    check(&Bundle::script("true").set("/root/path", "nosuch").build(), "root");
-    check(&Bundle::script("true").set("/root/path", "config.json").build(), "root");
-    check(&Bundle::script("true").set("/process/cwd", "relative").build(), "cwd");
-    check(&Bundle::script("true").set("/linux/resources/memory/limit", 1 << 20).build(), "memory");
+    check(
+        &Bundle::script("true").set("/ociVersion", "9.0.0").build(),
+        "ociVersion",
+    );
+    check(
+        &Bundle::script("true").set("/root/path", "nosuch").build(),
+        "root",
+    );
+    check(
+        &Bundle::script("true")
+            .set("/root/path", "config.json")
+            .build(),
+        "root",
+    );
+    check(
+        &Bundle::script("true")
+            .set("/process/cwd", "relative")
+            .build(),
+        "cwd",
+    );
+    check(
+        &Bundle::script("true")
+            .set("/linux/resources/memory/limit", 1 << 20)
+            .build(),
+        "memory",
+    );
 }
 
 #[test]
 fn an_executable_that_is_missing_or_cannot_run() {
-    check(&Bundle::busybox(&["nosuch"]).build(), "executable file not found in $PATH");
-    check(&Bundle::busybox(&["/bin/nosuch"]).build(), "no such file or directory");
-    check(&Bundle::busybox(&["/etc/passwd"]).build(), "permission denied");
+    check(
+        &Bundle::busybox(&["nosuch"]).build(),
+        "executable file not found in $PATH",
+    );
+    check(
+        &Bundle::busybox(&["/bin/nosuch"]).build(),
+        "no such file or directory",
+    );
+    check(
+        &Bundle::busybox(&["/etc/passwd"]).build(),
+        "permission denied",
+    );
     let wrong = Bundle::busybox(&["/wrong"]).build();
-    fs::write(wrong.rootfs().join("wrong"), b"\x7fELF\x02\x01\x01\0 not for this machine").unwrap();
-    fs::set_permissions(wrong.rootfs().join("wrong"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(
+        wrong.rootfs().join("wrong"),
+        b"\x7fELF\x02\x01\x01\0 not for this machine",
+    )
+    .unwrap();
+    fs::set_permissions(
+        wrong.rootfs().join("wrong"),
+        fs::Permissions::from_mode(0o755),
+    )
+    .unwrap();
     check(&wrong, "exec format error");
 }
 
@@ -74,11 +123,21 @@ fn a_kernel_that_is_missing_or_damaged() {
     let program = files.join("bin/sandbox");
     fs::copy(harness::top().join("target/release/sandbox"), &program).unwrap();
     let guest = harness::top().join("target/lib/sandbox");
-    fs::copy(guest.join("initramfs.cpio"), files.join("lib/sandbox/initramfs.cpio")).unwrap();
+    fs::copy(
+        guest.join("initramfs.cpio"),
+        files.join("lib/sandbox/initramfs.cpio"),
+    )
+    .unwrap();
     let bundle = Bundle::script("true").build();
     let run = || {
         let mut command = std::process::Command::new(&program);
-        command.arg("--root").arg(runtime.root()).arg("run").arg("-b").arg(bundle.path()).arg("x");
+        command
+            .arg("--root")
+            .arg(runtime.root())
+            .arg("run")
+            .arg("-b")
+            .arg(bundle.path())
+            .arg("x");
         harness::runtime::finish(command).refusal().to_owned()
     };
     assert!(run().contains("vmlinux"), "{}", run());
@@ -97,7 +156,10 @@ fn unknown_containers_and_verbs() {
     for verb in ["state", "start", "kill", "delete"] {
         let outcome = runtime.call(&[verb, "nosuch"]);
         assert_eq!(outcome.status, 1);
-        assert!(outcome.stderr.contains("does not exist"), "{verb}: {outcome:?}");
+        assert!(
+            outcome.stderr.contains("does not exist"),
+            "{verb}: {outcome:?}"
+        );
     }
     assert_ne!(runtime.call(&["frobnicate"]).status, 0);
     for id in ["..", "a/b", "", &"x".repeat(2000)] {

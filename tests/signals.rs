@@ -42,8 +42,15 @@ fn death_by_a_signal_is_128_and_its_number() {
 }
 
 /// Runs a bundle that says "ready" when its traps are set.
-fn run_until_ready(runtime: &Runtime, bundle: &Bundle) -> (Child, BufReader<std::process::ChildStdout>) {
-    let mut child = runtime.run_command(bundle).stdout(Stdio::piped()).spawn().unwrap();
+fn run_until_ready(
+    runtime: &Runtime,
+    bundle: &Bundle,
+) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = runtime
+        .run_command(bundle)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
@@ -64,7 +71,9 @@ fn signals_to_run_reach_the_process() {
         if name == "WINCH" && !runtime.is_sandbox() {
             continue;
         }
-        let script = format!("trap 'echo got {name}; exit 9' {name}; echo ready; while :; do sleep 0.1; done");
+        let script = format!(
+            "trap 'echo got {name}; exit 9' {name}; echo ready; while :; do sleep 0.1; done"
+        );
         let bundle = Bundle::script(&script).build();
         let (child, mut output) = run_until_ready(&runtime, &bundle);
         let pid = Pid::from_child(&child);

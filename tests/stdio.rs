@@ -31,7 +31,11 @@ fn cat(input: Vec<u8>, slow: bool) -> Vec<u8> {
     let bundle = Bundle::busybox(&["/bin/cat"]).build();
     let runtime = Runtime::new();
     let mut command = runtime.run_command(&bundle);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let writer = std::thread::spawn(move || stdin.write_all(&input).unwrap());
     let mut stdout = child.stdout.take().unwrap();
@@ -80,7 +84,11 @@ fn stdin_at_its_end_is_seen() {
 fn a_closed_reader_ends_the_writer() {
     let runtime = Runtime::new();
     let bundle = Bundle::busybox(&["/bin/yes"]).build();
-    let mut child = runtime.run_command(&bundle).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = runtime
+        .run_command(&bundle)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut stdout = child.stdout.take().unwrap();
     stdout.read_exact(&mut [0; 1000]).unwrap();
     drop(stdout);
@@ -97,10 +105,16 @@ fn output_goes_to_a_file_at_its_offset() {
     let mut file = std::fs::File::create(&path).unwrap();
     file.write_all(b"first\n").unwrap();
     let mut command = runtime.run_command(&bundle);
-    let child = command.stdout(OwnedFd::from(file.try_clone().unwrap())).spawn().unwrap();
+    let child = command
+        .stdout(OwnedFd::from(file.try_clone().unwrap()))
+        .spawn()
+        .unwrap();
     assert_eq!(wait(child), 0);
     file.write_all(b"fourth\n").unwrap();
-    assert_eq!(std::fs::read_to_string(&path).unwrap(), "first\nsecond\nthird\nfourth\n");
+    assert_eq!(
+        std::fs::read_to_string(&path).unwrap(),
+        "first\nsecond\nthird\nfourth\n"
+    );
 }
 
 #[test]

@@ -43,7 +43,10 @@ impl Outcome {
     pub fn refusal(&self) -> &str {
         assert_eq!(self.status, 1, "{self:?}");
         let line = self.stderr.trim_end();
-        assert!(!line.is_empty() && !line.contains('\n'), "one line: {line:?}");
+        assert!(
+            !line.is_empty() && !line.contains('\n'),
+            "one line: {line:?}"
+        );
         line
     }
 }
@@ -53,7 +56,9 @@ impl From<Output> for Outcome {
         use std::os::unix::process::ExitStatusExt;
         let status = output.status;
         Outcome {
-            status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+            status: status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
             stdout: output.stdout,
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
@@ -80,7 +85,9 @@ impl Runtime {
 
     /// Whether this is `sandbox`, for what only a VM shows.
     pub fn is_sandbox(&self) -> bool {
-        self.program.file_name().is_some_and(|name| name == "sandbox")
+        self.program
+            .file_name()
+            .is_some_and(|name| name == "sandbox")
     }
 
     pub fn root(&self) -> &Path {
@@ -110,13 +117,19 @@ impl Runtime {
     pub fn run_command(&self, bundle: &Bundle) -> Command {
         let mut command = self.command();
         let id = new_id();
-        command.arg("run").arg("-b").arg(bundle.path()).arg(&id).stdin(Stdio::null());
+        command
+            .arg("run")
+            .arg("-b")
+            .arg(bundle.path())
+            .arg(&id)
+            .stdin(Stdio::null());
         command
     }
 
     /// A container created and not started, with its output in files.
     pub fn create(&self, bundle: Bundle) -> Container<'_> {
-        self.try_create(bundle).unwrap_or_else(|outcome| panic!("create failed: {outcome:?}"))
+        self.try_create(bundle)
+            .unwrap_or_else(|outcome| panic!("create failed: {outcome:?}"))
     }
 
     pub fn try_create(&self, bundle: Bundle) -> Result<Container<'_>, Outcome> {
@@ -142,7 +155,13 @@ impl Runtime {
                 stderr: fs::read_to_string(&errors).unwrap(),
             });
         }
-        Ok(Container { runtime: self, id, output, errors, bundle })
+        Ok(Container {
+            runtime: self,
+            id,
+            output,
+            errors,
+            bundle,
+        })
     }
 }
 
@@ -151,7 +170,10 @@ impl Drop for Runtime {
         for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
             let id = entry.file_name();
             let mut command = self.command();
-            command.args(["delete", "--force"]).arg(id).stdin(Stdio::null());
+            command
+                .args(["delete", "--force"])
+                .arg(id)
+                .stdin(Stdio::null());
             let _ = command.output();
         }
         let _ = fs::remove_dir_all(&self.root);
@@ -197,7 +219,10 @@ impl Container<'_> {
     }
 
     pub fn status(&self) -> String {
-        self.state()["status"].as_str().expect("state has a status").to_owned()
+        self.state()["status"]
+            .as_str()
+            .expect("state has a status")
+            .to_owned()
     }
 
     /// Waits until the container's process has ended.
@@ -247,7 +272,11 @@ pub fn finish(mut command: Command) -> Outcome {
         String::from_utf8_lossy(&bytes).into_owned()
     });
     let status = wait(child);
-    Outcome { status, stdout: reader.join().unwrap(), stderr: errors.join().unwrap() }
+    Outcome {
+        status,
+        stdout: reader.join().unwrap(),
+        stderr: errors.join().unwrap(),
+    }
 }
 
 /// The status of a child, as a shell shows it. Killed and reported at the deadline.
@@ -256,7 +285,9 @@ pub fn wait(mut child: Child) -> i32 {
     let start = Instant::now();
     loop {
         if let Some(status) = child.try_wait().unwrap() {
-            return status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+            return status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
         }
         if start.elapsed() > DEADLINE * 3 {
             let _ = child.kill();

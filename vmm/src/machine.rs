@@ -16,8 +16,10 @@ use crate::bus::Bus;
 use crate::config::{ConfigError, VmConfig};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::uart::Uart;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
+use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostStream, Vsock};
 use crate::devices::virtio::{Kicks, VirtioDevice};
 use crate::memory::{self, GuestMemory};
@@ -188,7 +190,11 @@ impl Machine {
             }
         }
         let closed = lock(&self.vsock).take_closed();
-        events.extend(closed.into_iter().map(|port| MachineEvent::StreamClosed { port }));
+        events.extend(
+            closed
+                .into_iter()
+                .map(|port| MachineEvent::StreamClosed { port }),
+        );
         Ok(events)
     }
 
@@ -245,12 +251,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Brings kernel, initramfs, command line and tables into guest memory. Returns the entry point.
 fn load_guest(memory: &GuestMemory, plan: &VmPlan, config: &VmConfig) -> Result<u64, Error> {
     let top = plan.low_memory_end();
-    let kernel = kernel::load(memory, &config.kernel, top)
-        .map_err(|error| Error::Boot(error.into()))?;
+    let kernel =
+        kernel::load(memory, &config.kernel, top).map_err(|error| Error::Boot(error.into()))?;
     let initramfs = initramfs::load(memory, &config.initramfs, kernel.end, top)
         .map_err(|error| Error::Boot(error.into()))?;
-    let mut command_line = Cmdline::new(layout::COMMAND_LINE_SIZE)
-        .map_err(|error| Error::Boot(error.into()))?;
+    let mut command_line =
+        Cmdline::new(layout::COMMAND_LINE_SIZE).map_err(|error| Error::Boot(error.into()))?;
     command_line
         .insert_str(&plan.command_line)
         .map_err(|error| Error::Boot(error.into()))?;
@@ -292,7 +298,8 @@ impl Devices {
         let size = plan.memory.iter().map(|range| range.size).sum();
         let files = Fs::new(SHARE_TAG, size)
             .map_err(|error| Error::Create("the file system device", error))?;
-        let vsock = Vsock::new(GUEST_CID).map_err(|error| Error::Create("the vsock device", error))?;
+        let vsock =
+            Vsock::new(GUEST_CID).map_err(|error| Error::Create("the vsock device", error))?;
         let files = Arc::new(Mutex::new(files));
         let vsock = Arc::new(Mutex::new(vsock));
         let mut transports = Vec::with_capacity(plan.slots.len());
@@ -300,6 +307,8 @@ impl Devices {
             let device: Arc<Mutex<dyn VirtioDevice>> = match slot.kind {
                 SlotKind::Files => files.clone(),
                 SlotKind::Vsock => vsock.clone(),
+                SlotKind::Entropy => Arc::new(Mutex::new(Rng::new())),
+                SlotKind::Balloon => Arc::new(Mutex::new(Balloon::new())),
             };
             let transport = MmioTransport::new(device, memory.clone())
                 .map_err(|error| Error::Create("an event fd", error))?;

@@ -5,9 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{
-    Address, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{Address, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::arch::boot_params::Range;
 
@@ -61,7 +59,10 @@ pub(crate) fn map_file(
     file: &File,
     offset: u64,
 ) -> Result<(), MemoryError> {
-    let Range { start: address, size } = range;
+    let Range {
+        start: address,
+        size,
+    } = range;
     let region = memory
         .find_region(GuestAddress(address))
         .filter(|region| {
@@ -72,7 +73,9 @@ pub(crate) fn map_file(
         })
         .ok_or(MemoryError::Outside(address))?;
     let host = region
-        .get_host_address(vm_memory::MemoryRegionAddress(address - region.start_addr().raw_value()))
+        .get_host_address(vm_memory::MemoryRegionAddress(
+            address - region.start_addr().raw_value(),
+        ))
         .map_err(|_| MemoryError::Outside(address))?;
     if address % PAGE != 0 || size % PAGE != 0 || offset % PAGE != 0 {
         return Err(MemoryError::Outside(address));

@@ -10,9 +10,16 @@ use crate::config::{ConfigError, MAX_VCPUS, MIN_MEMORY_MIB};
 pub(crate) enum SlotKind {
     Files,
     Vsock,
+    Entropy,
+    Balloon,
 }
 
-const SLOTS: [SlotKind; 2] = [SlotKind::Files, SlotKind::Vsock];
+const SLOTS: [SlotKind; 4] = [
+    SlotKind::Files,
+    SlotKind::Vsock,
+    SlotKind::Entropy,
+    SlotKind::Balloon,
+];
 const _: () = assert!(SLOTS.len() <= layout::MAX_VIRTIO_SLOTS);
 
 /// Where a virtio device answers and which pin of the IOAPIC it pulls.
@@ -42,8 +49,9 @@ impl VmPlan {
 }
 
 /// Parameters that every boot needs; the README of the guest kernel gives the reasons.
-const COMMAND_LINE: &str = "loglevel=3 earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=t \
-    tsc=reliable no_timer_check random.trust_cpu=on rdinit=/init";
+const COMMAND_LINE: &str = "quiet loglevel=1 earlyprintk=serial,ttyS0,115200,keep \
+    unknown_nmi_panic panic=-1 reboot=t tsc=reliable no_timer_check random.trust_cpu=on \
+    rcupdate.rcu_expedited=1 memory_hotplug.online_policy=auto-movable rdinit=/init";
 
 pub(crate) fn plan(
     vcpus: u8,

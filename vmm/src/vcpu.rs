@@ -141,8 +141,12 @@ impl VcpuShared {
 
     fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
-        if let (Some(register), [byte]) = (uart_register(port), data) {
-            *byte = self.uart.read(register);
+        if let [byte] = data {
+            match uart_register(port) {
+                Some(register) => *byte = self.uart.read(register),
+                None if port == layout::NMI_STATUS_PORT => *byte = 0,
+                None => {}
+            }
         }
     }
 

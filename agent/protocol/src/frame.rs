@@ -19,7 +19,8 @@ pub enum FrameError {
 
 /// A message with its length prefix.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
-    let mut frame = postcard::to_extend(message, vec![0; PREFIX]).map_err(FrameError::Unencodable)?;
+    let mut frame =
+        postcard::to_extend(message, vec![0; PREFIX]).map_err(FrameError::Unencodable)?;
     let length = frame.len() - PREFIX;
     let prefix = u32::try_from(length)
         .ok()

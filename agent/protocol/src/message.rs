@@ -28,7 +28,10 @@ pub enum FromAgent {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// Sets the wall clock and stirs the bytes into the entropy pool, before any container process.
-    Prepare { clock: Clock, entropy: Vec<u8> },
+    Prepare {
+        clock: Clock,
+        entropy: Vec<u8>,
+    },
     /// Everything but the exec of the init process. Answered by [`Reply::Created`].
     Create {
         container: String,
@@ -36,7 +39,9 @@ pub enum Request {
         stdio: Stdio,
     },
     /// Executes the init process of a created container. Answered when the exec has happened or failed.
-    Start { container: String },
+    Start {
+        container: String,
+    },
     /// Runs a further process. Answered by [`Reply::Created`] when its exec has happened, or by an error.
     Exec {
         container: String,
@@ -58,23 +63,39 @@ pub enum Request {
         process: u32,
         size: WindowSize,
     },
-    Pause { container: String },
-    Resume { container: String },
+    Pause {
+        container: String,
+    },
+    Resume {
+        container: String,
+    },
     /// Writes further cgroup files of the container.
-    Update { container: String, cgroup: CgroupPlan },
+    Update {
+        container: String,
+        cgroup: CgroupPlan,
+    },
     /// Answered by [`Reply::Usage`].
-    Usage { container: String },
+    Usage {
+        container: String,
+    },
     /// Answered by [`Reply::Processes`]: pids as the guest kernel counts them.
-    Processes { container: String },
+    Processes {
+        container: String,
+    },
     /// Mounts something into a running container.
-    Mount { container: String, mount: Box<Mount> },
+    Mount {
+        container: String,
+        mount: Box<Mount>,
+    },
     /// Undoes [`Request::Mount`].
     Unmount {
         container: String,
         destination: String,
     },
     /// Kills what is left of a container and forgets it: cgroup, mounts.
-    Delete { container: String },
+    Delete {
+        container: String,
+    },
     /// Writes back and detaches everything. The host ends the VM after the answer.
     Shutdown,
 }
@@ -103,7 +124,9 @@ pub enum Stdio {
 pub enum Reply {
     Done,
     /// `pid` is for logs only: a pid in the guest means nothing to the host.
-    Created { pid: u32 },
+    Created {
+        pid: u32,
+    },
     Usage(Box<Usage>),
     Processes(Vec<u32>),
 }

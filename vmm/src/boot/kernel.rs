@@ -147,7 +147,13 @@ fn load_segment(
     };
     copy(memory, file, offset, start, first_page - start)?;
     map_file(memory, pages, file, offset + (first_page - start)).map_err(KernelError::Map)?;
-    copy(memory, file, offset + (last_page - start), last_page, filled - last_page)?;
+    copy(
+        memory,
+        file,
+        offset + (last_page - start),
+        last_page,
+        filled - last_page,
+    )?;
     Ok(end)
 }
 

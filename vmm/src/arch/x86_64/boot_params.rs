@@ -15,14 +15,20 @@ const START_VERSION: u32 = 1;
 const MEMORY_RAM: u32 = 1;
 
 #[derive(Clone, Copy)]
+#[repr(transparent)]
+#[allow(dead_code, reason = "read as bytes")]
 struct StartInfo(hvm_start_info);
 // SAFETY: a C struct of integers without padding; any bytes are a valid value.
 unsafe impl ByteValued for StartInfo {}
 #[derive(Clone, Copy)]
+#[repr(transparent)]
+#[allow(dead_code, reason = "read as bytes")]
 struct Module(hvm_modlist_entry);
 // SAFETY: a C struct of four 64-bit integers; any bytes are a valid value.
 unsafe impl ByteValued for Module {}
 #[derive(Clone, Copy)]
+#[repr(transparent)]
+#[allow(dead_code, reason = "read as bytes")]
 struct MapEntry(hvm_memmap_table_entry);
 // SAFETY: a C struct of integers without padding (64, 64, 32, 32 bits); any bytes are a valid value.
 unsafe impl ByteValued for MapEntry {}

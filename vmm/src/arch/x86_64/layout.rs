@@ -3,6 +3,7 @@
 
 /// The MP table, in the last KiB of base memory, where the kernel looks for it (MP specification 1.4, 4).
 pub(crate) const MPTABLE: u64 = 0x9_fc00;
+#[cfg(test)]
 pub(crate) const MPTABLE_SIZE: u64 = 0x400;
 
 /// RAM below the legacy hole, as told to the kernel: it ends where the MP table begins.
@@ -45,6 +46,9 @@ pub(crate) const KVM_TSS: usize = 0xfffb_d000;
 /// The first serial port, output only: the boot console.
 pub(crate) const UART_PORT: u16 = 0x3f8;
 pub(crate) const UART_PORTS: u16 = 8;
+
+/// System control port B: zero says that no memory or I/O error has caused an NMI.
+pub(crate) const NMI_STATUS_PORT: u16 = 0x61;
 
 /// The keyboard controller's command port; 0xfe there is the old way to reset a PC.
 pub(crate) const RESET_PORT: u16 = 0x64;

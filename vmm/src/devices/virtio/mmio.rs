@@ -152,7 +152,10 @@ impl MmioTransport {
     /// Turns what the guest did wrong into NEEDS_RESET and one line of log.
     pub(crate) fn settle(&self, result: Result<(), GuestFault>) {
         if let Err(fault) = result {
-            warn_limited!("virtio device {} needs reset: {fault}", self.device().device_type());
+            warn_limited!(
+                "virtio device {} needs reset: {fault}",
+                self.device().device_type()
+            );
             self.interrupt.needs_reset();
         }
     }

@@ -100,7 +100,10 @@ fn a_driver_brings_the_device_up_and_resets_it() {
     assert_eq!(driver.get(register::DEVICE_ID), 42);
     driver.activate();
     assert_eq!(driver.get(register::STATUS), 15);
-    assert_eq!(driver.probe.lock().unwrap().features, (1 << 5) | F_VERSION_1);
+    assert_eq!(
+        driver.probe.lock().unwrap().features,
+        (1 << 5) | F_VERSION_1
+    );
     driver.set(register::STATUS, 0);
     assert_eq!(driver.get(register::STATUS), 0);
     assert_eq!(driver.probe.lock().unwrap().resets, 1);
@@ -127,7 +130,10 @@ fn queue_registers_are_dead_after_driver_ok() {
         }
     }
     driver.set(register::DRIVER_FEATURES, 0);
-    assert_eq!(format!("{:?}", lock(&driver.transport.state).queues), before);
+    assert_eq!(
+        format!("{:?}", lock(&driver.transport.state).queues),
+        before
+    );
 }
 
 #[test]
