@@ -68,7 +68,8 @@ pub fn cgroup(
         CgroupManager::Disabled => Ok(CgroupLocation::Unchanged),
         CgroupManager::Systemd => systemd(path, id),
         CgroupManager::Cgroupfs => match path {
-            None => Ok(CgroupLocation::Path(Path::new("/sandbox").join(id))),
+            // Not in a directory of all of them, which would be left over.
+            None => Ok(CgroupLocation::Path(PathBuf::from(format!("/sandbox-{id}")))),
             Some(path) => {
                 let mut clean = PathBuf::new();
                 for component in path.components() {

@@ -74,7 +74,7 @@ fn a_small_container() {
     assert_eq!(plan.guest.hostname.as_deref(), Some("box"));
     assert!(plan.guest.cgroup.device_program.is_some());
     assert_eq!(plan.host.network, Network::New);
-    assert_eq!(plan.host.cgroup, CgroupLocation::Path("/sandbox/c1".into()));
+    assert_eq!(plan.host.cgroup, CgroupLocation::Path("/sandbox-c1".into()));
     let root = &plan.host.shares[0];
     assert_eq!(
         (root.name.as_str(), root.source.as_path()),

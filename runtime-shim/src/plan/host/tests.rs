@@ -56,8 +56,8 @@ fn cgroup_paths() {
         name: name.into(),
     };
     for (given, manager, expected) in [
-        (None, Cgroupfs, path("/sandbox/id")),
-        (Some(""), Cgroupfs, path("/sandbox/id")),
+        (None, Cgroupfs, path("/sandbox-id")),
+        (Some(""), Cgroupfs, path("/sandbox-id")),
         (Some("/a/./b/"), Cgroupfs, path("/a/b")),
         (Some("a/b"), Cgroupfs, path("a/b")),
         (Some("/a"), Disabled, CgroupLocation::Unchanged),
