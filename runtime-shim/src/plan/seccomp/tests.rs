@@ -12,7 +12,7 @@ const I386: u32 = AUDIT_ARCH_I386;
 
 /// Enough of classic BPF for what libseccomp writes.
 fn run(program: &[u8], arch: u32, number: u32, arguments: &[u64]) -> u32 {
-    let mut data = vec![0u8; 64];
+    let mut data = [0u8; 64];
     data[0..4].copy_from_slice(&number.to_le_bytes());
     data[4..8].copy_from_slice(&arch.to_le_bytes());
     for (index, argument) in arguments.iter().enumerate() {
