@@ -126,6 +126,12 @@ pub(crate) fn run_mount_change(
     change: MountChange<'_>,
 ) -> i32 {
     end(&upward, || {
+        // So that a file system that does not answer keeps no stream of another process open.
+        let mut keep = vec![init.as_raw_fd(), upward.as_raw_fd()];
+        if let MountChange::Attach { source, .. } = &change {
+            keep.extend(source.as_ref().map(AsRawFd::as_raw_fd));
+        }
+        syscalls::close_others(&mut keep).stage("close descriptors")?;
         not_dumpable()?;
         syscalls::set_namespaces(init, NEW_MOUNT).stage("enter the container")?;
         rustix::process::umask(Mode::empty());

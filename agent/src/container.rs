@@ -251,12 +251,12 @@ impl Container {
         let instance = Instance::new(core, key, child, channel, streams, number)?;
         let begun = set_limits(pid, plan).and_then(|()| instance.proceed());
         self.processes.insert(process, instance);
-        if begun.is_err()
+        if let Err(error) = begun
             && let Some(instance) = self.processes.get_mut(&process)
         {
-            instance.abandon(core);
+            instance.abandon(core, Some((number, error)));
         }
-        begun
+        Ok(())
     }
 
     /// Forks a child into the cgroup and the pid namespace of the container.
@@ -525,12 +525,13 @@ impl Container {
                     core.reply(number, Ok(reply));
                 }
                 Progress::Failed(error) => return self.set_up_failed(core, process, error),
-                Progress::NotExecuted { number, error } => {
+                // A container that could not be started has stopped, a process was never there.
+                Progress::NotExecuted { number, error } if process == INIT => {
                     core.reply(number, Err(error));
-                    if process != INIT
-                        && let Some(instance) = self.processes.get_mut(&process)
-                    {
-                        instance.abandon(core);
+                }
+                Progress::NotExecuted { number, error } => {
+                    if let Some(instance) = self.processes.get_mut(&process) {
+                        instance.abandon(core, Some((number, error)));
                     }
                 }
             }
@@ -570,11 +571,11 @@ impl Container {
         let Phase::SettingUp { number, .. } = instance.phase else {
             return Fate::Kept;
         };
-        instance.abandon(core);
         if process == INIT && matches!(self.state, State::Creating) {
+            instance.abandon(core, None);
             return self.delete(core, number, Err(error));
         }
-        core.reply(number, Err(error));
+        instance.abandon(core, Some((number, error)));
         Fate::Kept
     }
 

@@ -33,7 +33,7 @@ pub(crate) enum Phase {
         number: u64,
     },
     Running,
-    /// Could not be made. Only its end is waited for, nobody is told of it.
+    /// Could not be made. Its end is waited for, so that its number is free when this is told.
     Failed,
     /// What it wrote is on its way.
     Ended {
@@ -49,6 +49,8 @@ pub(crate) struct Instance {
     pub(crate) phase: Phase,
     channel: Option<(Channel, Token)>,
     streams: BTreeMap<u8, Stream>,
+    /// What to answer when it is gone.
+    refusal: Option<(u64, AgentError)>,
 }
 
 /// What came of an event.
@@ -167,6 +169,7 @@ impl Instance {
             },
             channel: Some((channel, token)),
             streams,
+            refusal: None,
         };
         instance.watch(core)?;
         Ok(instance)
@@ -326,8 +329,9 @@ impl Instance {
         }
     }
 
-    /// Gives up on it: what is left is its end.
-    pub(crate) fn abandon(&mut self, core: &mut Core) {
+    /// Gives up on it: what is left is its end, and then the answer.
+    pub(crate) fn abandon(&mut self, core: &mut Core, refusal: Option<(u64, AgentError)>) {
+        self.refusal = refusal;
         self.close_channel(core);
         self.close_streams(core);
         self.phase = Phase::Failed;
@@ -336,10 +340,13 @@ impl Instance {
         }
     }
 
-    /// To be called before it is dropped.
+    /// To be called when it is gone, before it is dropped.
     pub(crate) fn release(&mut self, core: &mut Core) {
         self.close_channel(core);
         self.close_streams(core);
+        if let Some((number, error)) = self.refusal.take() {
+            core.reply(number, Err(error));
+        }
     }
 
     pub(crate) fn resize(&self, size: agent_protocol::WindowSize) -> Result<()> {

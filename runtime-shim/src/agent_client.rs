@@ -233,7 +233,9 @@ mod tests {
         client.send(Request::Shutdown, "first", None).unwrap();
         client.send(Request::Shutdown, "second", None).unwrap();
         let numbers = [read_request(&mut guest), read_request(&mut guest)].map(|r| r.number);
-        guest.write_all(&reply(numbers[1], Ok(Reply::Done))).unwrap();
+        guest
+            .write_all(&reply(numbers[1], Ok(Reply::Done)))
+            .unwrap();
         guest
             .write_all(&reply(numbers[0], Ok(Reply::Created { pid: 7 })))
             .unwrap();

@@ -158,6 +158,10 @@ impl Channel {
     }
 
     /// The next message that has been read as a whole.
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "the type is the caller's choice"
+    )]
     pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Error> {
         Ok(self.reader.next()?)
     }
@@ -204,11 +208,7 @@ pub fn send_once(
 }
 
 /// Waits until a descriptor is ready.
-pub fn wait(
-    fd: BorrowedFd<'_>,
-    flags: PollFlags,
-    deadline: Option<Instant>,
-) -> Result<(), Error> {
+pub fn wait(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Option<Instant>) -> Result<(), Error> {
     poll_until(&mut [PollFd::new(&fd, flags)], deadline)
 }
 
@@ -226,7 +226,10 @@ pub fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<(
 
 /// Waits until one of several descriptors can be read.
 pub fn wait_for_any(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result<(), Error> {
-    let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+    let mut fds: Vec<_> = fds
+        .iter()
+        .map(|fd| PollFd::new(fd, PollFlags::IN))
+        .collect();
     poll_until(&mut fds, deadline)
 }
 

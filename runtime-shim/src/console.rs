@@ -342,7 +342,9 @@ mod tests {
     #[test]
     fn a_missing_console_socket_is_named() {
         let pty = Pty::open(SIZE).unwrap();
-        let error = pty.send_master(Path::new("/nonexistent/socket")).unwrap_err();
+        let error = pty
+            .send_master(Path::new("/nonexistent/socket"))
+            .unwrap_err();
         assert!(error.to_string().contains("/nonexistent/socket"));
     }
 
@@ -364,7 +366,11 @@ mod tests {
 
     fn turn(relay: &mut Relay) {
         let mut interest = relay.interest();
-        poll(&mut interest, channel::remaining(Some(std::time::Instant::now())).as_ref()).unwrap();
+        poll(
+            &mut interest,
+            channel::remaining(Some(std::time::Instant::now())).as_ref(),
+        )
+        .unwrap();
         let ready = Ready::of(&interest);
         relay.advance(&ready).unwrap();
     }
@@ -387,7 +393,10 @@ mod tests {
         turn(&mut relay);
         assert!(relay.finished());
         assert!(
-            relay.interest().iter().all(|fd| fd.as_fd().as_raw_fd() != relay.master.as_fd().as_raw_fd()),
+            relay
+                .interest()
+                .iter()
+                .all(|fd| fd.as_fd().as_raw_fd() != relay.master.as_fd().as_raw_fd()),
             "a finished master is not waited for"
         );
     }

@@ -39,11 +39,16 @@ pub enum Request {
     },
     /// On the connection of an exec: the signal is for its process. Else for the init process, or
     /// with `all` for each process.
-    Signal { signal: i32, all: bool },
+    Signal {
+        signal: i32,
+        all: bool,
+    },
     /// On the connection of an exec: the new size of its terminal.
     Resize(WindowSize),
     /// On the connection of an exec: the host process that stands for it from now on.
-    StandIn { pid: u32 },
+    StandIn {
+        pid: u32,
+    },
     Pause,
     Resume,
     Update(CgroupPlan),
@@ -142,11 +147,7 @@ impl Client {
     }
 
     /// For requests whose only good answer is [`Reply::Done`].
-    pub fn command(
-        &mut self,
-        request: &Request,
-        deadline: Option<Instant>,
-    ) -> Result<(), Error> {
+    pub fn command(&mut self, request: &Request, deadline: Option<Instant>) -> Result<(), Error> {
         match self.ask(request, deadline)? {
             Reply::Done => Ok(()),
             _ => Err(Error::OutOfTurn),
@@ -206,10 +207,7 @@ fn new_socket(flags: SocketFlags) -> io::Result<OwnedFd> {
 
 /// By way of the open directory: the path of a state directory can be longer than a socket address.
 fn address(directory: BorrowedFd<'_>) -> io::Result<SocketAddrUnix> {
-    let path = PathBuf::from(format!(
-        "/proc/self/fd/{}/{SOCKET}",
-        directory.as_raw_fd()
-    ));
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd()));
     Ok(SocketAddrUnix::new(path)?)
 }
 
@@ -262,7 +260,13 @@ mod tests {
         };
         assert_eq!(stdio.count(), 2);
         client
-            .send(&Request::Signal { signal: 9, all: true }, &[])
+            .send(
+                &Request::Signal {
+                    signal: 9,
+                    all: true,
+                },
+                &[],
+            )
             .unwrap();
         let owner = rustix::process::geteuid().as_raw();
         let mut server = accept(listener.as_fd(), owner).unwrap().unwrap();

@@ -102,6 +102,7 @@ fn set_up(
     tell(creator, Report::Namespaces)?;
 
     tell(creator, Report::Stage(Stage::Machine))?;
+    let console = console().map_err(&setup)?;
     // Before the jail: the file server needs a look at /proc.
     let mut machine = Machine::new(VmConfig {
         kvm: files.kvm,
@@ -109,15 +110,20 @@ fn set_up(
         initramfs: files.initramfs,
         vcpus: order.vm.vcpus,
         memory_mib: order.vm.memory_mib,
-        command_line: Vec::new(),
+        command_line: console.iter().map(|_| "loglevel=7".to_owned()).collect(),
     })
     .map_err(at(Stage::Machine))?;
+    if let Some(console) = console {
+        machine.echo_console(console);
+    }
     if order.hooks && creator.receive::<Go>(None).is_err() {
         return Ok(None);
     }
     tell(creator, Report::Stage(Stage::Jail))?;
     let root = sandbox::enter(&order.shares, order.open_files).map_err(at(Stage::Jail))?;
-    machine.share_files(root, &["rootfs"]).map_err(at(Stage::Machine))?;
+    machine
+        .share_files(root, &["rootfs"])
+        .map_err(at(Stage::Machine))?;
     let agent = connect_agent(&mut machine)?;
     tell(creator, Report::Stage(Stage::Boot))?;
     let template = Template {
@@ -138,6 +144,15 @@ fn set_up(
         terminal,
         owner,
     }))
+}
+
+/// Names a file for whoever debugs a guest: it gets all that the kernel and the agent say.
+const CONSOLE_VARIABLE: &str = "SANDBOX_CONSOLE";
+
+fn console() -> io::Result<Option<File>> {
+    let path = std::env::var_os(CONSOLE_VARIABLE);
+    path.map(|path| File::options().append(true).create(true).open(path))
+        .transpose()
 }
 
 /// Gives the stage to an error.

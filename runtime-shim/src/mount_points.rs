@@ -111,7 +111,10 @@ mod tests {
         let dangling = make(&root, &[point("/outer/x", ShareKind::Directory)]);
         let absolute = make(&root, &[point("/absolute/x", ShareKind::File)]);
         let upward = make(&root, &[point("/a/../../x", ShareKind::File)]);
-        let inside = (root.join("real/a/b").is_dir(), root.join("real/file").is_file());
+        let inside = (
+            root.join("real/a/b").is_dir(),
+            root.join("real/file").is_file(),
+        );
         let outside = fs::read_dir(base.join("outside")).unwrap().count();
         fs::remove_dir_all(&base).unwrap();
         made.unwrap();

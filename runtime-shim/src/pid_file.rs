@@ -19,7 +19,9 @@ pub fn write(path: &Path, pid: i32) -> Result<(), PidFileError> {
         path: path.to_owned(),
         source,
     };
-    let name = path.file_name().ok_or_else(|| fail(io::ErrorKind::InvalidInput.into()))?;
+    let name = path
+        .file_name()
+        .ok_or_else(|| fail(io::ErrorKind::InvalidInput.into()))?;
     let mut hidden = OsString::from(".");
     hidden.push(name);
     let temporary = path.with_file_name(hidden);

@@ -71,11 +71,17 @@ pub fn enter(shares: &[Share], open_files: Option<u64>) -> Result<OwnedFd, Error
     for share in shares {
         attach(root.as_fd(), share)?;
     }
-    step("read-only root", set_attributes(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, false))?;
+    step(
+        "read-only root",
+        set_attributes(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, false),
+    )?;
     change_root(root.as_fd())?;
     limit(open_files)?;
     step("no_new_privs", set_no_new_privs(true))?;
-    step("dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
+    step(
+        "dumpable",
+        set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     step("open the root", open("/", flags, Mode::empty()))
 }
@@ -90,7 +96,10 @@ fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
 fn attach_root() -> Result<OwnedFd, Error> {
     let context = step("tmpfs", fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC))?;
     for (key, value) in [("size", "1m"), ("mode", "0755")] {
-        step("tmpfs options", fsconfig_set_string(context.as_fd(), key, value))?;
+        step(
+            "tmpfs options",
+            fsconfig_set_string(context.as_fd(), key, value),
+        )?;
     }
     step("tmpfs", fsconfig_create(context.as_fd()))?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
@@ -101,7 +110,10 @@ fn attach_root() -> Result<OwnedFd, Error> {
         fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes),
     )?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    step("attach the root", move_mount(root.as_fd(), "", CWD, "/", flags))?;
+    step(
+        "attach the root",
+        move_mount(root.as_fd(), "", CWD, "/", flags),
+    )?;
     Ok(root)
 }
 
@@ -264,7 +276,10 @@ fn close_range(first: u32, last: u32) -> Result<(), Error> {
     // SAFETY: the callers see to it that what is closed has no owner that would use or close it again.
     match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
         0 => Ok(()),
-        _ => Err(Error::Step("close inherited files", io::Error::last_os_error())),
+        _ => Err(Error::Step(
+            "close inherited files",
+            io::Error::last_os_error(),
+        )),
     }
 }
 
@@ -358,6 +373,9 @@ mod tests {
         let file = open("/dev/null", OFlags::PATH, Mode::empty()).unwrap();
         let share = share("m0", "/dev/null".into(), ShareKind::File, false);
         let error = check_kind(file.as_fd(), &share).unwrap_err();
-        assert_eq!(error.to_string(), "/dev/null: is not a regular file any more");
+        assert_eq!(
+            error.to_string(),
+            "/dev/null: is not a regular file any more"
+        );
     }
 }

@@ -114,13 +114,19 @@ fn block_io(files: &Files<'_>) -> Value {
     for line in files.text("io.stat").lines() {
         let mut fields = line.split_whitespace();
         let device = fields.next().and_then(|device| device.split_once(':'));
-        let Some((major, minor)) = device else { continue };
+        let Some((major, minor)) = device else {
+            continue;
+        };
         let (Ok(major), Ok(minor)) = (major.parse::<u64>(), minor.parse::<u64>()) else {
             continue;
         };
         for field in fields {
-            let Some((key, value)) = field.split_once('=') else { continue };
-            let Ok(value) = value.parse::<u64>() else { continue };
+            let Some((key, value)) = field.split_once('=') else {
+                continue;
+            };
+            let Ok(value) = value.parse::<u64>() else {
+                continue;
+            };
             let (list, op) = match key {
                 "rbytes" => (&mut bytes, "Read"),
                 "wbytes" => (&mut bytes, "Write"),
@@ -143,11 +149,16 @@ fn block_io(files: &Files<'_>) -> Value {
 fn huge_pages(files: &Files<'_>) -> Value {
     let mut sizes = Map::new();
     for name in files.0.keys() {
-        let Some(size) = name.strip_prefix("hugetlb.").and_then(|name| name.strip_suffix(".current"))
+        let Some(size) = name
+            .strip_prefix("hugetlb.")
+            .and_then(|name| name.strip_suffix(".current"))
         else {
             continue;
         };
-        let events = files.pairs(&format!("hugetlb.{size}.events")).get("max").copied();
+        let events = files
+            .pairs(&format!("hugetlb.{size}.events"))
+            .get("max")
+            .copied();
         let value = json!({
             "usage": files.number(name).unwrap_or(0),
             "failcnt": events.unwrap_or(0),
@@ -162,10 +173,14 @@ fn add_pressure(value: &mut Value, text: &str) {
     let mut pressure = Map::new();
     for line in text.lines() {
         let mut fields = line.split_whitespace();
-        let Some(kind @ ("some" | "full")) = fields.next() else { continue };
+        let Some(kind @ ("some" | "full")) = fields.next() else {
+            continue;
+        };
         let mut numbers = Map::new();
         for field in fields {
-            let Some((key, number)) = field.split_once('=') else { continue };
+            let Some((key, number)) = field.split_once('=') else {
+                continue;
+            };
             if !["avg10", "avg60", "avg300", "total"].contains(&key) {
                 continue;
             }
@@ -188,7 +203,9 @@ fn add_pressure(value: &mut Value, text: &str) {
 fn interfaces(text: &str) -> Value {
     let mut interfaces = Vec::new();
     for line in text.lines() {
-        let Some((name, counters)) = line.split_once(':') else { continue };
+        let Some((name, counters)) = line.split_once(':') else {
+            continue;
+        };
         let numbers: Vec<u64> = counters
             .split_whitespace()
             .map_while(|number| number.parse().ok())
@@ -233,14 +250,23 @@ mod tests {
                        eth0: 10 2 3 4 0 0 0 0 20 5 6 7 0 0 0 0\n";
         let stats = stats(&usage(
             &[
-                ("cpu.stat", "usage_usec 7\nuser_usec 5\nsystem_usec 2\nnr_periods 3\n"),
-                ("cpu.pressure", "some avg10=1.50 avg60=0.00 avg300=0.00 total=12\n"),
+                (
+                    "cpu.stat",
+                    "usage_usec 7\nuser_usec 5\nsystem_usec 2\nnr_periods 3\n",
+                ),
+                (
+                    "cpu.pressure",
+                    "some avg10=1.50 avg60=0.00 avg300=0.00 total=12\n",
+                ),
                 ("memory.current", "4096\n"),
                 ("memory.max", "max\n"),
                 ("memory.stat", "anon 1\nfile 2\n"),
                 ("pids.current", "3\n"),
                 ("pids.max", "9\n"),
-                ("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n"),
+                (
+                    "io.stat",
+                    "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
+                ),
                 ("hugetlb.2MB.current", "0\n"),
             ],
             network,
@@ -262,7 +288,10 @@ mod tests {
     fn nonsense_does_no_harm() {
         let stats = stats(&usage(
             &[
-                ("cpu.stat", "usage_usec 99999999999999999999999\nuser_usec\n\u{1b} 18446744073709551615\n"),
+                (
+                    "cpu.stat",
+                    "usage_usec 99999999999999999999999\nuser_usec\n\u{1b} 18446744073709551615\n",
+                ),
                 ("memory.current", "-1"),
                 ("io.stat", "x:y rbytes=z\n:::\n1:2 =\n"),
                 ("memory.pressure", "some avg10=NaN total=-1\nfull"),

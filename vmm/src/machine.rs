@@ -80,6 +80,7 @@ pub struct Machine {
     uart: Arc<Uart>,
     files: Arc<Mutex<Fs>>,
     vsock: Arc<Mutex<Vsock>>,
+    balloon: Arc<Mutex<Balloon>>,
     transports: Vec<Arc<MmioTransport>>,
     epoll: Epoll,
     sources: Vec<Source>,
@@ -108,6 +109,7 @@ impl Machine {
             uart,
             files: devices.files,
             vsock: devices.vsock,
+            balloon: devices.balloon,
             transports: devices.transports,
             epoll,
             sources: Vec::new(),
@@ -136,6 +138,12 @@ impl Machine {
     /// Forgets a stream and resets its connection.
     pub fn close_stream(&mut self, port: u32) {
         lock(&self.vsock).close_stream(port);
+    }
+
+    /// Asks the guest to give `mib` MiB of its memory back and leave it alone. It does so in its own time.
+    pub fn set_balloon(&mut self, mib: u32) {
+        const PAGES_OF_A_MIB: u32 = 256;
+        lock(&self.balloon).set_target(mib.saturating_mul(PAGES_OF_A_MIB));
     }
 
     /// Lets the vCPUs run.
@@ -290,6 +298,7 @@ fn create_vcpus(vm: &Vm, plan: &VmPlan, entry: u64) -> Result<Vec<VcpuFd>, Error
 struct Devices {
     files: Arc<Mutex<Fs>>,
     vsock: Arc<Mutex<Vsock>>,
+    balloon: Arc<Mutex<Balloon>>,
     transports: Vec<Arc<MmioTransport>>,
 }
 
@@ -302,13 +311,14 @@ impl Devices {
             Vsock::new(GUEST_CID).map_err(|error| Error::Create("the vsock device", error))?;
         let files = Arc::new(Mutex::new(files));
         let vsock = Arc::new(Mutex::new(vsock));
+        let balloon = Arc::new(Mutex::new(Balloon::new()));
         let mut transports = Vec::with_capacity(plan.slots.len());
         for slot in &plan.slots {
             let device: Arc<Mutex<dyn VirtioDevice>> = match slot.kind {
                 SlotKind::Files => files.clone(),
                 SlotKind::Vsock => vsock.clone(),
                 SlotKind::Entropy => Arc::new(Mutex::new(Rng::new())),
-                SlotKind::Balloon => Arc::new(Mutex::new(Balloon::new())),
+                SlotKind::Balloon => balloon.clone(),
             };
             let transport = MmioTransport::new(device, memory.clone())
                 .map_err(|error| Error::Create("an event fd", error))?;
@@ -317,6 +327,7 @@ impl Devices {
         Ok(Devices {
             files,
             vsock,
+            balloon,
             transports,
         })
     }

@@ -77,7 +77,10 @@ pub(crate) fn map_file(
             address - region.start_addr().raw_value(),
         ))
         .map_err(|_| MemoryError::Outside(address))?;
-    if address % PAGE != 0 || size % PAGE != 0 || offset % PAGE != 0 {
+    if [address, size, offset]
+        .iter()
+        .any(|value| !value.is_multiple_of(PAGE))
+    {
         return Err(MemoryError::Outside(address));
     }
     // SAFETY: the range lies inside one region of guest memory, which this process mapped and which nothing but

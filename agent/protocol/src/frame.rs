@@ -58,6 +58,10 @@ impl FrameReader {
     }
 
     /// The next whole message, if there is one.
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "the type is the caller's choice"
+    )]
     pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let pending = &self.buffer[self.taken..];
         let Some((prefix, rest)) = pending.split_first_chunk::<PREFIX>() else {

@@ -624,3 +624,30 @@ fn the_end_of_the_host_is_the_end_of_the_machine() {
     guest.sleeper("c");
     guest.hang_up();
 }
+#[test]
+fn bench() {
+    let mut guest = guest!();
+    let mut p = plan("");
+    p.process.args = vec!["true".into()];
+    let (mut c, mut s, mut d, mut e) = (0, 0, 0, 0);
+    for _ in 0..50 {
+        let t = std::time::Instant::now();
+        guest.create("c", p.clone(), NOTHING).unwrap();
+        c += t.elapsed().as_micros();
+        let t = std::time::Instant::now();
+        guest.start_container("c").unwrap();
+        s += t.elapsed().as_micros();
+        guest.exited("c", 0);
+        e += t.elapsed().as_micros();
+        let t = std::time::Instant::now();
+        guest.delete("c").unwrap();
+        d += t.elapsed().as_micros();
+    }
+    eprintln!(
+        "create {} start {} exited {} delete {} us",
+        c / 50,
+        s / 50,
+        e / 50,
+        d / 50
+    );
+}

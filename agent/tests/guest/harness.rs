@@ -88,17 +88,22 @@ impl Guest {
         }
         fs::create_dir(&cgroup).unwrap();
         let listener = UnixListener::bind(sockets.join(CONTROL_PORT.to_string())).unwrap();
-        let agent = Command::new("unshare")
-            .args([
-                "--pid",
-                "--mount",
-                "--uts",
-                "--net",
-                "--fork",
-                "--kill-child",
-            ])
-            .arg(env!("CARGO_BIN_EXE_agent"))
-            .arg("--development")
+        let launch = std::env::var_os("AGENT_TEST_LAUNCH");
+        let mut command = Command::new(launch.as_deref().unwrap_or("unshare".as_ref()));
+        if launch.is_none() {
+            command
+                .args([
+                    "--pid",
+                    "--mount",
+                    "--uts",
+                    "--net",
+                    "--fork",
+                    "--kill-child",
+                ])
+                .arg(env!("CARGO_BIN_EXE_agent"))
+                .arg("--development");
+        }
+        let agent = command
             .args([&sockets, &directory.join("share"), &cgroup])
             .spawn()
             .unwrap();

@@ -99,13 +99,23 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
         cgroup.add(monitor.pid())?;
         state.cgroups = cgroup.paths().to_vec();
     }
-    give_order(&mut monitor, &container, &state, wanted, &plan, &files, terminal.as_ref())?;
+    give_order(
+        &mut monitor,
+        &container,
+        &state,
+        wanted,
+        &plan,
+        &files,
+        terminal.as_ref(),
+    )?;
     run_hooks(&mut monitor, &state, &plan.host, wanted.signals)?;
     monitor.expect(&Report::Created, wanted.signals)?;
     let terminal = terminal.and_then(|terminal| terminal.into_own_master(wanted.options));
     state.process = process;
     state.status = Status::Created;
-    finish(wanted, container, cgroup, state, monitor, terminal, plan.host)
+    finish(
+        wanted, container, cgroup, state, monitor, terminal, plan.host,
+    )
 }
 
 fn make_plan(bundle: &Bundle, wanted: Wanted<'_>) -> Result<Plan, Error> {
@@ -169,7 +179,9 @@ fn kvm_hint(error: &io::Error) -> &'static str {
 }
 
 fn initial_state(bundle: &Bundle, id: &str, plan: &Plan) -> Result<State, Error> {
-    let own = i32::try_from(std::process::id()).ok().and_then(Identity::of);
+    let own = i32::try_from(std::process::id())
+        .ok()
+        .and_then(Identity::of);
     Ok(State {
         version: VERSION,
         oci_version: bundle.spec.version().clone(),
@@ -253,7 +265,11 @@ fn give_order(
 
 fn has_create_hooks(host: &HostPlan) -> bool {
     let hooks = &host.hooks;
-    let kinds = [&hooks.prestart, &hooks.create_runtime, &hooks.create_container];
+    let kinds = [
+        &hooks.prestart,
+        &hooks.create_runtime,
+        &hooks.create_container,
+    ];
     kinds.into_iter().any(|hooks| !hooks.is_empty())
 }
 
@@ -268,7 +284,8 @@ fn run_hooks(
         return Ok(());
     }
     monitor.expect(&Report::Namespaces, signals)?;
-    let network = File::open(format!("/proc/{}/ns/net", monitor.pid())).map_err(Error::Namespace)?;
+    let network =
+        File::open(format!("/proc/{}/ns/net", monitor.pid())).map_err(Error::Namespace)?;
     let text = oci_state(state, monitor.pid(), Status::Creating)?;
     let runtime = Environment {
         state: &text,

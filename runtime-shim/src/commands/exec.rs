@@ -27,7 +27,11 @@ pub fn run(store: &Store, arguments: &Exec) -> Result<u8, Error> {
     state.status().can_exec(arguments.ignore_paused)?;
     let mut process = plan_process(store, arguments)?;
     let terminal = process.terminal.is_some();
-    check_console(terminal, !arguments.detach, arguments.console_socket.as_deref())?;
+    check_console(
+        terminal,
+        !arguments.detach,
+        arguments.console_socket.as_deref(),
+    )?;
     let signals = signal_fd::take().map_err(Error::Signals)?;
     let streams = Streams::open(arguments, &mut process)?;
 
@@ -86,7 +90,11 @@ impl Streams {
             let all = [stdin, rustix::stdio::stdout(), rustix::stdio::stderr()];
             let [stdin, stdout, stderr] = all.map(stdio::stream);
             let all = (stdin.map_err(Error::Stdio)?, stdout.map_err(Error::Stdio)?);
-            return Ok(Streams::Separate([all.0, all.1, stderr.map_err(Error::Stdio)?]));
+            return Ok(Streams::Separate([
+                all.0,
+                all.1,
+                stderr.map_err(Error::Stdio)?,
+            ]));
         };
         if *size == WindowSize::default()
             && arguments.console_socket.is_none()

@@ -76,15 +76,22 @@ fn capabilities(process: &Process, names: &[String]) -> Result<LinuxCapabilities
     for name in names {
         let short = name.to_ascii_uppercase();
         let short = short.strip_prefix("CAP_").unwrap_or(&short);
-        let capability: Capability = short
-            .parse()
-            .map_err(|_| Error::Capability(name.clone()))?;
+        let capability: Capability = short.parse().map_err(|_| Error::Capability(name.clone()))?;
         added.insert(capability);
     }
     let with = |set: &Option<Capabilities>| -> Option<Capabilities> {
-        Some(set.iter().flatten().copied().chain(added.iter().copied()).collect())
+        Some(
+            set.iter()
+                .flatten()
+                .copied()
+                .chain(added.iter().copied())
+                .collect(),
+        )
     };
-    let inheritable = sets.inheritable().as_ref().is_some_and(|set| !set.is_empty());
+    let inheritable = sets
+        .inheritable()
+        .as_ref()
+        .is_some_and(|set| !set.is_empty());
     let (bounding, effective) = (with(sets.bounding()), with(sets.effective()));
     let (permitted, ambient) = (with(sets.permitted()), with(sets.ambient()));
     sets.set_bounding(bounding);
@@ -103,7 +110,10 @@ mod tests {
 
     fn exec(arguments: &[&str]) -> Exec {
         let all = ["sandbox", "exec"].iter().chain(arguments);
-        match Cli::from_arguments(all.map(Into::into).collect()).unwrap().command {
+        match Cli::from_arguments(all.map(Into::into).collect())
+            .unwrap()
+            .command
+        {
             Command::Exec(exec) => exec,
             other => panic!("{}", other.name()),
         }
@@ -115,7 +125,11 @@ mod tests {
 
     #[test]
     fn users_are_numbers() {
-        for (text, expected) in [("1", (1, 0)), ("1:2", (1, 2)), ("4294967295:0", (u32::MAX, 0))] {
+        for (text, expected) in [
+            ("1", (1, 0)),
+            ("1:2", (1, 2)),
+            ("4294967295:0", (u32::MAX, 0)),
+        ] {
             let process = process(&[&format!("--user={text}"), "c", "id"]).unwrap();
             assert_eq!((process.user().uid(), process.user().gid()), expected);
         }
@@ -127,7 +141,17 @@ mod tests {
 
     #[test]
     fn the_command_line_changes_the_container_s_process() {
-        let process = process(&["-t", "--cwd", "/x", "-e", "A=b", "--cap", "cap_sys_admin", "c", "ls"]);
+        let process = process(&[
+            "-t",
+            "--cwd",
+            "/x",
+            "-e",
+            "A=b",
+            "--cap",
+            "cap_sys_admin",
+            "c",
+            "ls",
+        ]);
         let process = process.unwrap();
         assert_eq!(process.args().as_deref(), Some(&["ls".to_owned()][..]));
         assert_eq!(process.terminal(), Some(true));
@@ -140,6 +164,9 @@ mod tests {
     #[test]
     fn nothing_to_run_and_unknown_capabilities_are_errors() {
         assert!(matches!(process(&["c"]), Err(Error::NoCommand)));
-        assert!(matches!(process(&["--cap", "NOPE", "c", "ls"]), Err(Error::Capability(_))));
+        assert!(matches!(
+            process(&["--cap", "NOPE", "c", "ls"]),
+            Err(Error::Capability(_))
+        ));
     }
 }

@@ -30,8 +30,8 @@ pub fn guest_deadline() -> Option<Instant> {
 /// Connects to a container's monitor.
 pub fn connect(store: &Store, id: &str) -> Result<Client, Error> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let directory = open(store.directory(id), flags, Mode::empty())
-        .map_err(|_| StoreError::NotFound)?;
+    let directory =
+        open(store.directory(id), flags, Mode::empty()).map_err(|_| StoreError::NotFound)?;
     Ok(Client::connect(directory.as_fd())?)
 }
 
@@ -44,8 +44,8 @@ pub fn signal(store: &Store, state: &State, signal: i32, all: bool) -> Result<()
         guest_deadline()
     };
     let request = Request::Signal { signal, all };
-    let sent = connect(store, &state.id)
-        .and_then(|mut client| Ok(client.command(&request, deadline)?));
+    let sent =
+        connect(store, &state.id).and_then(|mut client| Ok(client.command(&request, deadline)?));
     match sent {
         Err(Error::Control(error)) if !is_refusal(&error) => {
             let Some(monitor) = state.process.open() else {
@@ -54,7 +54,10 @@ pub fn signal(store: &Store, state: &State, signal: i32, all: bool) -> Result<()
             if !kill {
                 return Err(error.into());
             }
-            log::warn!("container {}: its monitor does not answer and is killed", state.id);
+            log::warn!(
+                "container {}: its monitor does not answer and is killed",
+                state.id
+            );
             send_kill(&monitor)
         }
         result => result,
@@ -85,7 +88,10 @@ pub fn end(store: &Store, state: &State) -> Result<(), Error> {
     if gone(&monitor, END)? {
         return Ok(());
     }
-    log::warn!("container {}: its monitor does not end and is killed", state.id);
+    log::warn!(
+        "container {}: its monitor does not end and is killed",
+        state.id
+    );
     send_kill(&monitor)?;
     if gone(&monitor, END)? {
         Ok(())

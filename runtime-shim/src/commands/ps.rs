@@ -30,7 +30,11 @@ pub fn run(store: &Store, arguments: &Ps) -> Result<u8, Error> {
 /// The host's own ps, for all processes.
 fn table(options: &[String]) -> Result<String, Error> {
     let default = ["-ef".to_owned()];
-    let options = if options.is_empty() { &default } else { options };
+    let options = if options.is_empty() {
+        &default
+    } else {
+        options
+    };
     let output = Command::new("ps")
         .args(options)
         .stdin(Stdio::null())
@@ -73,6 +77,9 @@ mod tests {
             select(table, &[7, 9]).unwrap(),
             "UID PID PPID CMD\nroot 7 1 sandbox\n"
         );
-        assert!(matches!(select("COMMAND\nx\n", &[7]), Err(Error::NoPidColumn)));
+        assert!(matches!(
+            select("COMMAND\nx\n", &[7]),
+            Err(Error::NoPidColumn)
+        ));
     }
 }

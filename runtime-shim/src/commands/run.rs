@@ -70,7 +70,8 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
 
 fn random_id() -> Result<String, Error> {
     let mut bytes = [0u8; 6];
-    getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|error| Error::RandomId(error.into()))?;
+    getrandom(&mut bytes, GetRandomFlags::empty())
+        .map_err(|error| Error::RandomId(error.into()))?;
     let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("sandbox-{digits}"))
 }

@@ -42,7 +42,8 @@ pub fn run(store: &Store, arguments: &Update) -> Result<u8, Error> {
         log::warn!("{warning}");
     }
     // The guest first: it has to fit into what the host allows.
-    live::connect(store, &arguments.id)?.command(&Request::Update(guest), live::guest_deadline())?;
+    live::connect(store, &arguments.id)?
+        .command(&Request::Update(guest), live::guest_deadline())?;
     if !state.cgroups.is_empty() {
         Cgroup::open(state.cgroups.clone()).set(&host)?;
     }
@@ -57,7 +58,10 @@ fn read(path: &Path) -> Result<Value, Error> {
     let fail = |error| Error::Resources(path.to_owned(), error);
     let mut text = Vec::new();
     let read = if path == Path::new("-") {
-        io::stdin().lock().take(MAX_RESOURCES).read_to_end(&mut text)
+        io::stdin()
+            .lock()
+            .take(MAX_RESOURCES)
+            .read_to_end(&mut text)
     } else {
         File::open(path).and_then(|file| file.take(MAX_RESOURCES).read_to_end(&mut text))
     };
@@ -182,6 +186,9 @@ mod tests {
             cpu_quota: Some(-1),
             ..Update::default()
         };
-        assert_eq!(from_options(&options).unwrap(), json!({ "cpu": { "quota": -1 } }));
+        assert_eq!(
+            from_options(&options).unwrap(),
+            json!({ "cpu": { "quota": -1 } })
+        );
     }
 }

@@ -4,24 +4,31 @@
 //! [`Action`]s, which the event loop carries out. No system call is made here but for the clock and
 //! entropy, so all of it is tested without a VM.
 
+mod action;
+mod ending;
+mod exec;
+mod signals;
+mod streams;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{
-    AgentError, Clock, ErrorKind, Event, GuestPlan, Process, Reply as AgentReply,
-    Request as AgentRequest, Stdio, VERSION, WindowSize,
+    AgentError, Clock, ErrorKind, Event, GuestPlan, Reply as AgentReply, Request as AgentRequest,
+    Stdio, VERSION,
 };
-use vmm::{HostStream, StopReason};
+
+pub use action::{Action, Asked, Verb};
+pub use streams::Streams;
 
 use super::order::{Deadlines, Failure, Report, Stage};
 use super::wording::start_error;
 use crate::agent_client::Incoming;
-use crate::control::{Descriptors, Reply, Request};
-use crate::signal_fd;
-
-/// Ports below are the protocol's own.
-const FIRST_PORT: u32 = 1024;
+use crate::control::{Reply, Request};
+use action::{answer, refuse, reply};
+use exec::Exec;
+use streams::{FIRST_PORT, streams};
 
 /// A killed process need not get rid of its output; a short time is given to a reader that reads.
 const FLUSH_AFTER_KILL: Duration = Duration::from_secs(1);
@@ -44,69 +51,20 @@ const KILLED: u8 = 128 + 9;
 /// The init process, in the protocol.
 const INIT: u32 = 0;
 
-/// A connection of a verb. Numbers are not reused.
-pub type Verb = u64;
-
-#[derive(Debug)]
-pub enum Action {
-    /// Send a request to the agent.
-    Ask {
-        request: AgentRequest,
-        asked: Asked,
-        deadline: Option<Instant>,
-    },
-    /// Let the guest connect to a port.
-    Accept { port: u32, stream: HostStream },
-    /// Forget a port and its stream.
-    Reset { port: u32 },
-    Answer { verb: Verb, reply: Reply },
-    Hangup { verb: Verb },
-    Report(Report),
-    /// End the process and with it the VM.
-    Exit(u8),
-}
-
-/// What the answer to a request to the agent is for.
-#[derive(Debug, PartialEq)]
-pub enum Asked {
-    Prepare,
-    Create,
-    /// Without a verb: as ordered from the beginning.
-    Start(Option<Verb>),
-    Exec(u32),
-    Pause(Verb),
-    Resume(Verb),
-    /// The verb gets the answer as it is.
-    Verb(Verb),
-    /// SIGKILL for the init process.
-    Kill(Option<Verb>),
-    Shutdown,
-    /// Nobody waits for it.
-    Nothing,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Booting { until: Instant },
+    Booting {
+        until: Instant,
+    },
     Creating,
     Created,
     Starting,
     Running,
     /// The init process has ended.
-    Ending { status: u8, shut_down: bool },
-}
-
-/// A process that a verb waits for.
-#[derive(Debug)]
-struct Exec {
-    /// None: it went away.
-    verb: Option<Verb>,
-    args: Vec<String>,
-    ports: BTreeSet<u32>,
-    running: bool,
-    status: Option<u8>,
-    stands_in: Option<u32>,
-    flush_until: Option<Instant>,
+    Ending {
+        status: u8,
+        shut_down: bool,
+    },
 }
 
 /// The container that is to be made, and the descriptors of its init process.
@@ -117,17 +75,6 @@ pub struct Template {
     pub start: bool,
     pub streams: Streams,
     pub deadlines: Deadlines,
-}
-
-#[derive(Debug)]
-pub enum Streams {
-    Separate {
-        stdin: Option<OwnedFd>,
-        stdout: Option<OwnedFd>,
-        stderr: Option<OwnedFd>,
-    },
-    /// Two descriptors of the same terminal.
-    Terminal { input: OwnedFd, output: OwnedFd },
 }
 
 #[derive(Debug)]
@@ -192,51 +139,6 @@ impl Container {
         (container, actions)
     }
 
-    /// Gives each stream a port.
-    fn connect(
-        &mut self,
-        streams: Streams,
-        ports: &mut BTreeSet<u32>,
-        actions: &mut Vec<Action>,
-    ) -> Stdio {
-        let mut accept = |stream: HostStream| {
-            let port = self.next_port;
-            // Wrapping is 4 billion streams away, and a port in use is refused by the VM.
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT);
-            ports.insert(port);
-            actions.push(Action::Accept { port, stream });
-            port
-        };
-        match streams {
-            Streams::Terminal { input, output } => Stdio::Terminal {
-                port: accept(HostStream {
-                    input: Some(input),
-                    output: Some(output),
-                }),
-            },
-            Streams::Separate {
-                stdin,
-                stdout,
-                stderr,
-            } => {
-                let output = |fd: OwnedFd| HostStream {
-                    input: None,
-                    output: Some(fd),
-                };
-                Stdio::Streams {
-                    stdin: stdin.map(|fd| {
-                        accept(HostStream {
-                            input: Some(fd),
-                            output: None,
-                        })
-                    }),
-                    stdout: stdout.map(|fd| accept(output(fd))),
-                    stderr: stderr.map(|fd| accept(output(fd))),
-                }
-            }
-        }
-    }
-
     pub fn has_terminal(&self) -> bool {
         self.has_terminal
     }
@@ -252,9 +154,9 @@ impl Container {
     fn event(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match (event, self.phase) {
             (Event::Ready { version: VERSION }, Phase::Booting { .. }) => self.ready(now),
-            (Event::Ready { version }, Phase::Booting { .. }) => {
-                self.fail_guest(format!("the agent speaks version {version} of the protocol"))
-            }
+            (Event::Ready { version }, Phase::Booting { .. }) => self.fail_guest(format!(
+                "the agent speaks version {version} of the protocol"
+            )),
             (_, Phase::Booting { .. }) => self.fail_guest("the agent did not say hello".into()),
             (Event::Ready { .. }, _) => self.fail_guest("the agent started twice".into()),
             (Event::Exited { .. }, Phase::Creating) => {
@@ -280,7 +182,9 @@ impl Container {
             return Vec::new();
         };
         let mut entropy = vec![0; 64];
-        if let Err(error) = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty()) {
+        if let Err(error) =
+            rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
+        {
             return self.fail_host(Stage::Create, format!("entropy for the guest: {error}"));
         }
         self.phase = Phase::Creating;
@@ -328,7 +232,9 @@ impl Container {
             (Asked::Prepare, Err(error)) => self.fail_guest(format!("prepare the guest: {error}")),
             (Asked::Create, Ok(AgentReply::Created { .. })) => self.created(now),
             (Asked::Create, Ok(_)) => self.fail_guest("the agent gave a wrong answer".into()),
-            (Asked::Create, Err(error)) => self.fail(Failure::Refused(start_error(&self.args, error))),
+            (Asked::Create, Err(error)) => {
+                self.fail(Failure::Refused(start_error(&self.args, error)))
+            }
             (Asked::Start(verb), result) => self.started(verb, result.err()),
             (Asked::Exec(process), result) => self.exec_started(process, result, now),
             (Asked::Pause(verb), result) => self.pause_changed(verb, true, result),
@@ -339,7 +245,9 @@ impl Container {
                     self.kill_until.get_or_insert(now + KILL_EXIT);
                     self.cut_at.get_or_insert(now + FLUSH_AFTER_KILL);
                 }
-                verb.map(|verb| answer(verb, reply(result))).into_iter().collect()
+                verb.map(|verb| answer(verb, reply(result)))
+                    .into_iter()
+                    .collect()
             }
             (Asked::Shutdown, result) => {
                 if let Err(error) = result {
@@ -411,53 +319,6 @@ impl Container {
         self.finish_exec(process, now)
     }
 
-    /// The file data goes back to the host while the rest of the output is read.
-    fn init_exited(&mut self, status: u8, now: Instant) -> Vec<Action> {
-        if matches!(self.phase, Phase::Ending { .. }) {
-            return Vec::new();
-        }
-        self.phase = Phase::Ending {
-            status,
-            shut_down: false,
-        };
-        self.kill_until = None;
-        self.flush_execs_until = Some(now + FLUSH_EXECS);
-        if self.killed {
-            self.flush_until = Some(now + FLUSH_AFTER_KILL);
-        }
-        vec![Action::Ask {
-            request: AgentRequest::Shutdown,
-            asked: Asked::Shutdown,
-            deadline: Some(now + SHUTDOWN),
-        }]
-    }
-
-    fn shut_down(&mut self, now: Instant) -> Vec<Action> {
-        if let Phase::Ending { shut_down, .. } = &mut self.phase {
-            *shut_down = true;
-        }
-        self.exit_if_over(now)
-    }
-
-    /// All is said and done: the status is the last thing that is left.
-    fn exit_if_over(&mut self, now: Instant) -> Vec<Action> {
-        let Phase::Ending {
-            status,
-            shut_down: true,
-        } = self.phase
-        else {
-            return Vec::new();
-        };
-        let passed = |until: Option<Instant>| until.is_some_and(|until| until <= now);
-        let flushed = self.ports.is_empty() || passed(self.flush_until);
-        let execs_flushed = self.execs.values().all(|exec| exec.ports.is_empty());
-        if flushed && (execs_flushed || passed(self.flush_execs_until)) {
-            vec![Action::Exit(status)]
-        } else {
-            Vec::new()
-        }
-    }
-
     /// A stream is over: its bytes are with their reader, or nobody reads any more.
     pub fn stream_closed(&mut self, port: u32, now: Instant) -> Vec<Action> {
         if self.ports.remove(&port) {
@@ -473,54 +334,6 @@ impl Container {
         exec.ports.remove(&port);
         let mut actions = self.finish_exec(process, now);
         actions.extend(self.exit_if_over(now));
-        actions
-    }
-
-    /// Tells the verb about the end of its process, once the process has run, ended and been read.
-    fn finish_exec(&mut self, process: u32, now: Instant) -> Vec<Action> {
-        let Some(exec) = self.execs.get_mut(&process) else {
-            return Vec::new();
-        };
-        let mut actions = Vec::new();
-        if exec.flush_until.is_some_and(|until| until <= now) {
-            actions.extend(cut(&mut exec.ports));
-        }
-        let (true, Some(status), true) = (exec.running, exec.status, exec.ports.is_empty()) else {
-            return actions;
-        };
-        if let Some(verb) = exec.verb {
-            actions.push(answer(verb, Reply::Exited(status)));
-            actions.push(Action::Hangup { verb });
-        }
-        self.execs.remove(&process);
-        actions
-    }
-
-    fn exec_started(
-        &mut self,
-        process: u32,
-        result: Result<AgentReply, AgentError>,
-        now: Instant,
-    ) -> Vec<Action> {
-        let Some(exec) = self.execs.get_mut(&process) else {
-            return Vec::new();
-        };
-        let error = match result {
-            Ok(_) => {
-                exec.running = true;
-                let started = exec.verb.map(|verb| answer(verb, Reply::Done));
-                let mut actions: Vec<_> = started.into_iter().collect();
-                actions.extend(self.finish_exec(process, now));
-                return actions;
-            }
-            Err(error) => start_error(&exec.args, error),
-        };
-        let mut actions = cut(&mut exec.ports);
-        if let Some(verb) = exec.verb {
-            actions.push(answer(verb, Reply::Failed(error)));
-            actions.push(Action::Hangup { verb });
-        }
-        self.execs.remove(&process);
         actions
     }
 
@@ -574,15 +387,11 @@ impl Container {
         }
     }
 
-    fn exec_of(&self, verb: Verb) -> Option<u32> {
-        let mut execs = self.execs.iter();
-        execs
-            .find(|(_, exec)| exec.verb == Some(verb))
-            .map(|(&process, _)| process)
-    }
-
     fn is_live(&self) -> bool {
-        matches!(self.phase, Phase::Created | Phase::Starting | Phase::Running)
+        matches!(
+            self.phase,
+            Phase::Created | Phase::Starting | Phase::Running
+        )
     }
 
     fn ask_live(
@@ -613,166 +422,11 @@ impl Container {
             }
             Phase::Ending { .. } => vec![refuse(verb, "cannot start a container that has stopped")],
             Phase::Booting { .. } | Phase::Creating => {
-                vec![refuse(verb, "cannot start a container in the creating state")]
+                vec![refuse(
+                    verb,
+                    "cannot start a container in the creating state",
+                )]
             }
-        }
-    }
-
-    fn exec(
-        &mut self,
-        verb: Verb,
-        process: Process,
-        streams: Streams,
-        ignore_paused: bool,
-        now: Instant,
-    ) -> Vec<Action> {
-        if !self.is_live() {
-            return vec![refuse(verb, "cannot exec in a stopped container")];
-        }
-        if self.paused && !ignore_paused {
-            let text = "cannot exec in a paused container (use --ignore-paused to override)";
-            return vec![refuse(verb, text)];
-        }
-        let (Some(number), None) = (self.free_number(), self.exec_of(verb)) else {
-            return vec![refuse(verb, "one exec a connection")];
-        };
-        let mut actions = Vec::new();
-        let mut ports = BTreeSet::new();
-        let stdio = self.connect(streams, &mut ports, &mut actions);
-        let exec = Exec {
-            verb: Some(verb),
-            args: process.args.clone(),
-            ports,
-            running: false,
-            status: None,
-            stands_in: None,
-            flush_until: None,
-        };
-        self.execs.insert(number, exec);
-        actions.push(Action::Ask {
-            request: AgentRequest::Exec {
-                container: self.id.clone(),
-                process: number,
-                plan: Box::new(process),
-                stdio,
-                ignore_paused,
-            },
-            asked: Asked::Exec(number),
-            deadline: Some(now + self.deadlines.request),
-        });
-        actions
-    }
-
-    /// Numbers of processes are not used twice: a late event must not hit a later process.
-    fn free_number(&mut self) -> Option<u32> {
-        let number = self.next_exec;
-        self.next_exec = number.checked_add(1)?;
-        Some(number)
-    }
-
-    fn stand_in(&mut self, verb: Verb, pid: u32) -> Vec<Action> {
-        let mut execs = self.execs.values_mut();
-        if let Some(exec) = execs.find(|exec| exec.verb == Some(verb)) {
-            exec.stands_in = Some(pid);
-        }
-        Vec::new()
-    }
-
-    fn ask_signal(&self, process: u32, signal: i32, all: bool) -> AgentRequest {
-        AgentRequest::Signal {
-            container: self.id.clone(),
-            process,
-            signal,
-            all,
-        }
-    }
-
-    fn ask_resize(&self, process: u32, size: WindowSize) -> Action {
-        Action::Ask {
-            request: AgentRequest::Resize {
-                container: self.id.clone(),
-                process,
-                size,
-            },
-            asked: Asked::Nothing,
-            deadline: None,
-        }
-    }
-
-    /// Signals on the connection of an exec are not answered: its verb waits for something else.
-    fn signal_exec(&mut self, process: u32, signal: i32, now: Instant) -> Vec<Action> {
-        if signal == libc::SIGKILL
-            && let Some(exec) = self.execs.get_mut(&process)
-        {
-            exec.flush_until = Some(now + FLUSH_AFTER_KILL);
-        }
-        vec![Action::Ask {
-            request: self.ask_signal(process, signal, false),
-            asked: Asked::Nothing,
-            deadline: None,
-        }]
-    }
-
-    fn signal_init(
-        &mut self,
-        verb: Option<Verb>,
-        signal: i32,
-        all: bool,
-        now: Instant,
-    ) -> Vec<Action> {
-        let kill = signal == libc::SIGKILL;
-        self.killed |= kill;
-        match self.phase {
-            Phase::Ending { .. } => {
-                if kill && self.flush_until.is_none() {
-                    self.flush_until = Some(now + FLUSH_AFTER_KILL);
-                }
-                let gone = verb.map(|verb| refuse(verb, "container not running"));
-                gone.into_iter().collect()
-            }
-            Phase::Booting { .. } | Phase::Creating | Phase::Created => {
-                self.signal_before_start(verb, signal)
-            }
-            Phase::Starting | Phase::Running => vec![Action::Ask {
-                request: self.ask_signal(INIT, signal, all),
-                asked: match (kill, verb) {
-                    (true, verb) => Asked::Kill(verb),
-                    (false, Some(verb)) => Asked::Verb(verb),
-                    (false, None) => Asked::Nothing,
-                },
-                deadline: Some(now + if kill { KILL_ANSWER } else { self.deadlines.request }),
-            }],
-        }
-    }
-
-    /// There is no process yet that could handle a signal: those that end a process end it all.
-    fn signal_before_start(&mut self, verb: Option<Verb>, signal: i32) -> Vec<Action> {
-        let answered = verb.map(|verb| answer(verb, Reply::Done));
-        let mut actions: Vec<_> = answered.into_iter().collect();
-        let number = u8::try_from(signal).unwrap_or(0);
-        if signal != libc::SIGKILL && !signal_fd::ENDING.contains(&signal) {
-            return actions;
-        }
-        if self.phase != Phase::Created {
-            let message = format!("ended by signal {signal}");
-            let stage = self.stage();
-            actions.push(Action::Report(Report::Failed(Failure::Host { stage, message })));
-        }
-        actions.push(Action::Exit(128 + number));
-        actions
-    }
-
-    /// A signal that the monitor itself got. It stands for the init process.
-    pub fn signal(&mut self, signal: i32, now: Instant) -> Vec<Action> {
-        self.signal_init(None, signal, false, now)
-    }
-
-    /// The terminal of the init process has another size.
-    pub fn resized(&mut self, size: WindowSize) -> Vec<Action> {
-        if self.has_terminal && self.is_live() {
-            vec![self.ask_resize(INIT, size)]
-        } else {
-            Vec::new()
         }
     }
 
@@ -795,49 +449,6 @@ impl Container {
             asked: Asked::Nothing,
             deadline: None,
         }]
-    }
-
-    /// The creating verb has gone away.
-    pub fn creator_gone(&mut self) -> Vec<Action> {
-        match self.phase {
-            // Nobody knows of this container.
-            Phase::Booting { .. } | Phase::Creating => vec![Action::Exit(1)],
-            _ => Vec::new(),
-        }
-    }
-
-    /// The guest cannot even be booted.
-    pub fn start_failed(&mut self, reason: String) -> Vec<Action> {
-        self.fail_host(Stage::Boot, reason)
-    }
-
-    /// The connection to the agent has broken.
-    pub fn agent_lost(&mut self, reason: String, now: Instant) -> Vec<Action> {
-        match self.phase {
-            Phase::Ending { .. } => self.guest_gone(now),
-            _ => self.fail_guest(reason),
-        }
-    }
-
-    /// The VM does not run any more.
-    pub fn machine_stopped(&mut self, reason: &StopReason, now: Instant) -> Vec<Action> {
-        let how = match reason {
-            StopReason::Reset => String::new(),
-            StopReason::Failed(reason) => format!(" ({reason})"),
-        };
-        match self.phase {
-            Phase::Booting { .. } => {
-                self.fail_guest(format!("guest kernel stopped while booting{how}"))
-            }
-            Phase::Ending { .. } => self.guest_gone(now),
-            _ => self.fail_guest(format!("guest kernel stopped{how}")),
-        }
-    }
-
-    /// At the end, nothing more is to be had from the guest.
-    fn guest_gone(&mut self, now: Instant) -> Vec<Action> {
-        self.flush_until.get_or_insert(now + FLUSH_AFTER_KILL);
-        self.shut_down(now)
     }
 
     /// The agent has not answered in time.
@@ -866,7 +477,10 @@ impl Container {
             Asked::Kill(verb) => {
                 let answered = verb.map(|verb| answer(verb, Reply::Done));
                 let mut actions: Vec<_> = answered.into_iter().collect();
-                log::error!("container {}: the agent does not answer, its VM is ended", self.id);
+                log::error!(
+                    "container {}: the agent does not answer, its VM is ended",
+                    self.id
+                );
                 actions.push(Action::Exit(KILLED));
                 actions
             }
@@ -878,91 +492,6 @@ impl Container {
         }
     }
 
-    /// When [`time`](Self::time) has something to do next. It has been called with `now`.
-    pub fn deadline(&self, now: Instant) -> Option<Instant> {
-        let boot = match self.phase {
-            Phase::Booting { until } => Some(until),
-            _ => None,
-        };
-        let waits = [
-            boot,
-            self.kill_until,
-            self.cut_at,
-            self.flush_until,
-            self.flush_execs_until,
-        ];
-        let execs = self.execs.values().map(|exec| exec.flush_until);
-        let all = waits.into_iter().chain(execs).flatten();
-        all.filter(|&until| until > now).min()
-    }
-
-    /// Deadlines have passed.
-    pub fn time(&mut self, now: Instant) -> Vec<Action> {
-        if let Phase::Booting { until } = self.phase
-            && until <= now
-        {
-            let seconds = self.deadlines.boot.as_secs();
-            return self.fail_guest(format!("guest did not come up within {seconds} s"));
-        }
-        if self.kill_until.is_some_and(|until| until <= now) {
-            log::error!("container {}: survived SIGKILL, its VM is ended", self.id);
-            return vec![Action::Exit(KILLED)];
-        }
-        let late: Vec<_> = self
-            .execs
-            .iter()
-            .filter(|(_, exec)| exec.flush_until.is_some_and(|until| until <= now))
-            .map(|(&process, _)| process)
-            .collect();
-        let mut actions = Vec::new();
-        if self.cut_at.is_some_and(|at| at <= now) {
-            self.cut_at = None;
-            actions.extend(cut(&mut self.ports));
-        }
-        for process in late {
-            actions.extend(self.finish_exec(process, now));
-        }
-        actions.extend(self.exit_if_over(now));
-        actions
-    }
-
-    fn stage(&self) -> Stage {
-        match self.phase {
-            Phase::Booting { .. } => Stage::Boot,
-            Phase::Creating => Stage::Create,
-            Phase::Created | Phase::Starting => Stage::Start,
-            Phase::Running | Phase::Ending { .. } => Stage::Run,
-        }
-    }
-
-    fn fail_host(&mut self, stage: Stage, message: String) -> Vec<Action> {
-        self.fail(Failure::Host { stage, message })
-    }
-
-    /// The console is added by the event loop, which has the machine.
-    fn fail_guest(&mut self, message: String) -> Vec<Action> {
-        let console = String::new();
-        self.fail(Failure::Guest { message, console })
-    }
-
-    fn fail(&mut self, failure: Failure) -> Vec<Action> {
-        let status = match self.phase {
-            Phase::Running | Phase::Created => KILLED,
-            _ => 1,
-        };
-        vec![Action::Report(Report::Failed(failure)), Action::Exit(status)]
-    }
-
-    /// The last words to verbs that wait for a process. Those whose end was not heard of die with
-    /// the guest.
-    pub fn farewell(&mut self) -> Vec<Action> {
-        let execs = std::mem::take(&mut self.execs);
-        let waiting = execs.into_values().filter_map(|exec| {
-            let verb = exec.verb?;
-            Some(answer(verb, Reply::Exited(exec.status.unwrap_or(KILLED))))
-        });
-        waiting.collect()
-    }
 }
 
 /// Hooks run before the start is answered. One without a limit may take as long as it likes.
@@ -975,64 +504,12 @@ fn start_deadline(guest: &GuestPlan, deadlines: Deadlines) -> Option<Duration> {
 }
 
 fn clock() -> Clock {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     Clock {
         seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
         nanoseconds: now.subsec_nanos(),
-    }
-}
-
-fn streams(stdio: Descriptors, fds: Vec<OwnedFd>) -> Option<Streams> {
-    if fds.len() != stdio.count() {
-        return None;
-    }
-    let mut fds = fds.into_iter();
-    Some(match stdio {
-        Descriptors::Terminal => {
-            let input = fds.next()?;
-            Streams::Terminal {
-                output: input.try_clone().ok()?,
-                input,
-            }
-        }
-        Descriptors::Streams {
-            stdin,
-            stdout,
-            stderr,
-        } => {
-            let mut next = |is: bool| if is { fds.next() } else { None };
-            Streams::Separate {
-                stdin: next(stdin),
-                stdout: next(stdout),
-                stderr: next(stderr),
-            }
-        }
-    })
-}
-
-/// Gives up streams: what is on its way in them is lost.
-fn cut(ports: &mut BTreeSet<u32>) -> Vec<Action> {
-    let ports = std::mem::take(ports);
-    ports.into_iter().map(|port| Action::Reset { port }).collect()
-}
-
-fn answer(verb: Verb, reply: Reply) -> Action {
-    Action::Answer { verb, reply }
-}
-
-fn refuse(verb: Verb, message: &str) -> Action {
-    let error = AgentError {
-        kind: ErrorKind::State,
-        message: message.to_owned(),
-    };
-    answer(verb, Reply::Failed(error))
-}
-
-fn reply(result: Result<AgentReply, AgentError>) -> Reply {
-    match result {
-        Ok(AgentReply::Usage(usage)) => Reply::Usage(usage),
-        Ok(_) => Reply::Done,
-        Err(error) => Reply::Failed(error),
     }
 }
 

@@ -262,7 +262,12 @@ impl EventLoop {
             return actions;
         };
         let mut result = channel.flush().and_then(|()| channel.fill().map(drop));
-        modify(&self.epoll, channel.as_fd(), Source::Verb(verb), channel.wants_to_write());
+        modify(
+            &self.epoll,
+            channel.as_fd(),
+            Source::Verb(verb),
+            channel.wants_to_write(),
+        );
         while result.is_ok() {
             match next_request(channel) {
                 Ok(Some((request, fds))) => {
@@ -281,7 +286,8 @@ impl EventLoop {
         let mut actions = Vec::new();
         while let Some(signal) = signal_fd::next(self.signals.as_fd()) {
             actions.extend(match &self.terminal {
-                Some(terminal) if signal == libc::SIGWINCH => match console::size(terminal.as_fd()) {
+                Some(terminal) if signal == libc::SIGWINCH => match console::size(terminal.as_fd())
+                {
                     Ok(size) => self.container.resized(size),
                     Err(_) => Vec::new(),
                 },
@@ -343,7 +349,12 @@ impl EventLoop {
         };
         let result = channel.send(reply);
         if result.is_ok() && channel.backlog() <= BACKLOG {
-            modify(&self.epoll, channel.as_fd(), Source::Verb(verb), channel.wants_to_write());
+            modify(
+                &self.epoll,
+                channel.as_fd(),
+                Source::Verb(verb),
+                channel.wants_to_write(),
+            );
             return Vec::new();
         }
         self.verbs.remove(&verb);

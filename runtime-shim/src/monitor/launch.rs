@@ -13,6 +13,7 @@ use rustix::event::PollFlags;
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use super::CONSOLE_VARIABLE;
 use super::order::{Deadlines, Failure, Go, Order, Report, Stage};
 use crate::channel::{self, Channel, wait};
 use crate::cli::Global;
@@ -54,7 +55,8 @@ impl Monitor {
     /// Starts the process. With `streams` it inherits the standard streams, for the container.
     pub fn spawn(id: &str, streams: bool, global: &Global) -> Result<Monitor, Error> {
         let (own, other) = Channel::pair().map_err(Error::Spawn)?;
-        let child = command(id, other.as_fd(), streams, global).and_then(|mut command| command.spawn());
+        let child =
+            command(id, other.as_fd(), streams, global).and_then(|mut command| command.spawn());
         let child = child.map_err(Error::Spawn)?;
         drop(other);
         // The child has not been waited for, so its pid is its own.
@@ -186,6 +188,9 @@ fn command(
     rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("sandbox").env_clear();
+    if let Some(path) = std::env::var_os(CONSOLE_VARIABLE) {
+        command.env(CONSOLE_VARIABLE, path);
+    }
     command.args(logging(global));
     command.args(["monitor", "--fd", &socket.as_raw_fd().to_string(), "--", id]);
     if !streams {
@@ -200,7 +205,11 @@ fn command(
 fn logging(global: &Global) -> Vec<OsString> {
     let mut arguments = Vec::new();
     let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
-    if let Some(path) = global.log.as_deref().and_then(|path| std::path::absolute(path).ok()) {
+    if let Some(path) = global
+        .log
+        .as_deref()
+        .and_then(|path| std::path::absolute(path).ok())
+    {
         option("--log", path.into());
     }
     if let Some(format) = global.log_format.to_possible_value() {
@@ -225,6 +234,9 @@ pub fn shell_status(status: ExitStatus) -> u8 {
 }
 
 /// Waits for the end of a process that need not be a child.
-pub fn wait_for_end(pidfd: BorrowedFd<'_>, deadline: Option<Instant>) -> Result<(), channel::Error> {
+pub fn wait_for_end(
+    pidfd: BorrowedFd<'_>,
+    deadline: Option<Instant>,
+) -> Result<(), channel::Error> {
     wait(pidfd, PollFlags::IN, deadline)
 }

@@ -122,7 +122,10 @@ pub enum Failure {
 
 /// The end of the guest's console on the same line.
 fn tail(console: &str) -> String {
-    let lines = console.lines().map(str::trim).filter(|line| !line.is_empty());
+    let lines = console
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty());
     let lines: Vec<_> = lines.collect();
     match lines.as_slice() {
         [] => ": the guest's console is empty".to_owned(),
@@ -164,6 +167,9 @@ mod tests {
             stage: Stage::Jail,
             message: "/x: open: no such file".into(),
         };
-        assert_eq!(failure.to_string(), "building the jail: /x: open: no such file");
+        assert_eq!(
+            failure.to_string(),
+            "building the jail: /x: open: no such file"
+        );
     }
 }

@@ -18,7 +18,10 @@ pub fn start_error(args: &[String], error: AgentError) -> AgentError {
     let name = args.first().map_or("", String::as_str);
     let reason = match error.kind {
         ErrorKind::ExecutableNotFound if name.contains('/') => {
-            format!("exec: {name:?}: stat {}: no such file or directory", shown(name))
+            format!(
+                "exec: {name:?}: stat {}: no such file or directory",
+                shown(name)
+            )
         }
         ErrorKind::ExecutableNotFound => {
             format!("exec: {name:?}: executable file not found in $PATH")
@@ -67,8 +70,18 @@ mod tests {
                 "execve: Is a directory (os error 21)",
                 "exec: \"/etc\": is a directory",
             ),
-            ("/x", ExecutableRefused, "whatever", "exec: \"/x\": permission denied"),
-            ("/x", Plan, "cwd: no such directory", "cwd: no such directory"),
+            (
+                "/x",
+                ExecutableRefused,
+                "whatever",
+                "exec: \"/x\": permission denied",
+            ),
+            (
+                "/x",
+                Plan,
+                "cwd: no such directory",
+                "cwd: no such directory",
+            ),
         ] {
             let message = message.to_owned();
             let error = start_error(&[name.into()], AgentError { kind, message });

@@ -69,7 +69,9 @@ pub fn cgroup(
         CgroupManager::Systemd => systemd(path, id),
         CgroupManager::Cgroupfs => match path {
             // Not in a directory of all of them, which would be left over.
-            None => Ok(CgroupLocation::Path(PathBuf::from(format!("/sandbox-{id}")))),
+            None => Ok(CgroupLocation::Path(PathBuf::from(format!(
+                "/sandbox-{id}"
+            )))),
             Some(path) => {
                 let mut clean = PathBuf::new();
                 for component in path.components() {

@@ -137,7 +137,7 @@ fn load_segment(
     let filled = start + program.p_filesz;
     let first_page = start.next_multiple_of(PAGE);
     let last_page = filled - filled % PAGE;
-    if first_page >= last_page || (offset + (first_page - start)) % PAGE != 0 {
+    if first_page >= last_page || !(offset + (first_page - start)).is_multiple_of(PAGE) {
         copy(memory, file, offset, start, program.p_filesz)?;
         return Ok(end);
     }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-use agent_protocol::{Capabilities, CgroupPlan, Usage};
+use agent_protocol::{Capabilities, CgroupPlan, Process, Usage, WindowSize};
+use vmm::StopReason;
 
 use super::*;
+use crate::control::Descriptors;
 
 const NOW: fn() -> Instant = Instant::now;
 
@@ -150,7 +152,9 @@ fn words(actions: &[Action]) -> Vec<String> {
         Action::Hangup { verb } => format!("hang up {verb}"),
         Action::Report(Report::Failed(failure)) => {
             let text = failure.to_string();
-            let text = text.strip_suffix(": the guest's console is empty").unwrap_or(&text);
+            let text = text
+                .strip_suffix(": the guest's console is empty")
+                .unwrap_or(&text);
             format!("failed: {text}")
         }
         Action::Report(report) => format!("report {report:?}"),
@@ -182,7 +186,10 @@ fn signal(container: &mut Container, verb: Verb, signal: i32) -> Vec<String> {
 fn a_life_from_boot_to_exit_status() {
     let mut container = booting(false);
     let actions = container.from_agent(ready(), NOW());
-    assert_eq!(words(&actions), ["report Stage(Create)", "ask Prepare", "ask Create"]);
+    assert_eq!(
+        words(&actions),
+        ["report Stage(Create)", "ask Prepare", "ask Create"]
+    );
     let actions = container.from_agent(created_answer(), NOW());
     assert_eq!(words(&actions), ["report Created"]);
     let actions = container.request(5, Request::Start, Vec::new(), NOW());
@@ -192,7 +199,11 @@ fn a_life_from_boot_to_exit_status() {
     let actions = container.from_agent(exited("c", 0, 3), NOW());
     assert_eq!(words(&actions), ["ask Shutdown"]);
     let actions = container.from_agent(done(Asked::Shutdown), NOW());
-    assert_eq!(words(&actions), [""; 0], "the output is not yet with its reader");
+    assert_eq!(
+        words(&actions),
+        [""; 0],
+        "the output is not yet with its reader"
+    );
     assert_eq!(words(&container.stream_closed(1024, NOW())), ["exit 3"]);
 }
 
@@ -214,11 +225,17 @@ fn a_process_that_ends_before_its_start_is_answered_is_not_lost() {
     let mut container = booting(true);
     container.from_agent(ready(), NOW());
     container.from_agent(created_answer(), NOW());
-    assert_eq!(words(&container.from_agent(exited("c", 0, 0), NOW())), ["ask Shutdown"]);
+    assert_eq!(
+        words(&container.from_agent(exited("c", 0, 0), NOW())),
+        ["ask Shutdown"]
+    );
     let actions = container.from_agent(done(Asked::Start(None)), NOW());
     assert_eq!(words(&actions), ["report Started"]);
     container.stream_closed(1024, NOW());
-    assert_eq!(words(&container.from_agent(done(Asked::Shutdown), NOW())), ["exit 0"]);
+    assert_eq!(
+        words(&container.from_agent(done(Asked::Shutdown), NOW())),
+        ["exit 0"]
+    );
 }
 
 #[test]
@@ -242,13 +259,19 @@ fn what_goes_wrong_while_booting_names_the_stage() {
     let now = NOW();
     let mut container = booting(false);
     let actions = container.machine_stopped(&StopReason::Reset, now);
-    assert_eq!(words(&actions), ["failed: guest kernel stopped while booting", "exit 1"]);
+    assert_eq!(
+        words(&actions),
+        ["failed: guest kernel stopped while booting", "exit 1"]
+    );
 
     let mut container = booting(false);
     assert!(container.time(now).is_empty());
     let late = container.deadline(now).unwrap();
     let actions = container.time(late);
-    assert_eq!(words(&actions), ["failed: guest did not come up within 30 s", "exit 1"]);
+    assert_eq!(
+        words(&actions),
+        ["failed: guest did not come up within 30 s", "exit 1"]
+    );
 
     let mut container = booting(false);
     assert_eq!(words(&container.creator_gone()), ["exit 1"]);
@@ -258,13 +281,19 @@ fn what_goes_wrong_while_booting_names_the_stage() {
     let actions = container.overdue(Asked::Create, now);
     assert_eq!(
         words(&actions),
-        ["failed: the agent did not create the container in time", "exit 1"]
+        [
+            "failed: the agent did not create the container in time",
+            "exit 1"
+        ]
     );
 }
 
 #[test]
 fn a_lying_agent_is_not_believed() {
-    let wrong_first = [exited("c", 0, 1), Incoming::Event(Event::Ready { version: 99 })];
+    let wrong_first = [
+        exited("c", 0, 1),
+        Incoming::Event(Event::Ready { version: 99 }),
+    ];
     for message in wrong_first {
         let actions = booting(false).from_agent(message, NOW());
         assert_eq!(words(&actions).last().unwrap(), "exit 1");
@@ -277,7 +306,7 @@ fn a_lying_agent_is_not_believed() {
     // An answer of the wrong kind creates nothing.
     let mut container = booting(false);
     container.from_agent(ready(), NOW());
-    let usage = AgentReply::Usage(Box::new(Usage::default()));
+    let usage = AgentReply::Usage(Box::default());
     let actions = container.from_agent(answered(Asked::Create, Ok(usage)), NOW());
     assert_eq!(words(&actions)[1], "exit 1");
     // The end is told once.
@@ -285,7 +314,10 @@ fn a_lying_agent_is_not_believed() {
     container.from_agent(exited("c", 0, 3), NOW());
     assert!(container.from_agent(exited("c", 0, 4), NOW()).is_empty());
     container.stream_closed(1024, NOW());
-    assert_eq!(words(&container.from_agent(done(Asked::Shutdown), NOW())), ["exit 3"]);
+    assert_eq!(
+        words(&container.from_agent(done(Asked::Shutdown), NOW())),
+        ["exit 3"]
+    );
 }
 
 #[test]
@@ -293,33 +325,54 @@ fn the_states_are_kept() {
     let mut container = created();
     let running = "0: cannot start an already running container";
     container.request(0, Request::Start, Vec::new(), NOW());
-    assert_eq!(words(&container.request(0, Request::Start, Vec::new(), NOW())), [running]);
+    assert_eq!(
+        words(&container.request(0, Request::Start, Vec::new(), NOW())),
+        [running]
+    );
     container.from_agent(done(Asked::Start(Some(0))), NOW());
-    assert_eq!(words(&container.request(0, Request::Start, Vec::new(), NOW())), [running]);
+    assert_eq!(
+        words(&container.request(0, Request::Start, Vec::new(), NOW())),
+        [running]
+    );
     container.from_agent(exited("c", 0, 0), NOW());
     assert_eq!(
         words(&container.request(0, Request::Start, Vec::new(), NOW())),
         ["0: cannot start a container that has stopped"]
     );
-    assert_eq!(exec(&mut container, 1), ["1: cannot exec in a stopped container"]);
-    assert_eq!(signal(&mut container, 1, libc::SIGTERM), ["1: container not running"]);
+    assert_eq!(
+        exec(&mut container, 1),
+        ["1: cannot exec in a stopped container"]
+    );
+    assert_eq!(
+        signal(&mut container, 1, libc::SIGTERM),
+        ["1: container not running"]
+    );
     let actions = container.request(1, Request::Usage, Vec::new(), NOW());
     assert_eq!(words(&actions), ["1: container not running"]);
 }
 
 #[test]
 fn before_the_start_a_signal_ends_it_all() {
-    assert_eq!(signal(&mut created(), 2, libc::SIGTERM), ["2: Done", "exit 143"]);
+    assert_eq!(
+        signal(&mut created(), 2, libc::SIGTERM),
+        ["2: Done", "exit 143"]
+    );
     assert_eq!(signal(&mut created(), 2, libc::SIGUSR1), ["2: Done"]);
     let actions = booting(false).signal(libc::SIGINT, NOW());
-    assert_eq!(words(&actions), ["failed: booting the guest: ended by signal 2", "exit 130"]);
+    assert_eq!(
+        words(&actions),
+        ["failed: booting the guest: ended by signal 2", "exit 130"]
+    );
 }
 
 #[test]
 fn kill_needs_no_agent() {
     let now = NOW();
     let mut container = running();
-    assert_eq!(signal(&mut container, 2, libc::SIGKILL), ["ask Signal 0 9 false"]);
+    assert_eq!(
+        signal(&mut container, 2, libc::SIGKILL),
+        ["ask Signal 0 9 false"]
+    );
     let actions = container.overdue(Asked::Kill(Some(2)), now);
     assert_eq!(words(&actions), ["2: Done", "exit 137"]);
 
@@ -329,7 +382,11 @@ fn kill_needs_no_agent() {
     let actions = container.from_agent(done(Asked::Kill(Some(2))), now);
     assert_eq!(words(&actions), ["2: Done"]);
     let cut = container.deadline(now).unwrap();
-    assert_eq!(words(&container.time(cut)), ["reset 1024"], "its output is given up first");
+    assert_eq!(
+        words(&container.time(cut)),
+        ["reset 1024"],
+        "its output is given up first"
+    );
     let late = container.deadline(cut).unwrap();
     assert_eq!(words(&container.time(late)), ["exit 137"]);
 }
@@ -360,11 +417,18 @@ fn a_guest_that_goes_away_at_the_end_takes_nothing_with_it() {
     let mut container = running();
     container.from_agent(exited("c", 0, 5), now);
     assert!(container.agent_lost("gone".into(), now).is_empty());
-    assert!(container.machine_stopped(&StopReason::Reset, now).is_empty());
+    assert!(
+        container
+            .machine_stopped(&StopReason::Reset, now)
+            .is_empty()
+    );
     assert_eq!(words(&container.stream_closed(1024, now)), ["exit 5"]);
 
     let actions = running().agent_lost("the agent closed its connection".into(), now);
-    assert_eq!(words(&actions), ["failed: the agent closed its connection", "exit 137"]);
+    assert_eq!(
+        words(&actions),
+        ["failed: the agent closed its connection", "exit 137"]
+    );
 }
 
 #[test]
@@ -374,16 +438,26 @@ fn an_exec_is_answered_when_it_runs_and_when_it_has_been_read() {
     let answer = answered(Asked::Exec(1), Ok(AgentReply::Created { pid: 9 }));
     assert_eq!(words(&container.from_agent(answer, NOW())), ["3: Done"]);
     assert!(container.from_agent(exited("c", 1, 4), NOW()).is_empty());
-    assert_eq!(words(&container.stream_closed(1025, NOW())), ["3: Exited(4)", "hang up 3"]);
+    assert_eq!(
+        words(&container.stream_closed(1025, NOW())),
+        ["3: Exited(4)", "hang up 3"]
+    );
     assert!(container.verb_gone(3, NOW()).is_empty());
-    assert_eq!(exec(&mut container, 4), ["accept 1026", "ask Exec 2"], "numbers are new");
+    assert_eq!(
+        exec(&mut container, 4),
+        ["accept 1026", "ask Exec 2"],
+        "numbers are new"
+    );
 }
 
 #[test]
 fn an_exec_that_cannot_be_started_leaves_no_port() {
     let mut container = running();
     exec(&mut container, 3);
-    let refused = Err(error(ErrorKind::ExecutableRefused, "Permission denied (os error 13)"));
+    let refused = Err(error(
+        ErrorKind::ExecutableRefused,
+        "Permission denied (os error 13)",
+    ));
     assert_eq!(
         words(&container.from_agent(answered(Asked::Exec(1), refused), NOW())),
         [
@@ -402,7 +476,10 @@ fn an_exec_dies_with_its_verb() {
     exec(&mut container, 3);
     let running = answered(Asked::Exec(1), Ok(AgentReply::Created { pid: 9 }));
     container.from_agent(running, now);
-    assert_eq!(words(&container.verb_gone(3, now)), ["ask Signal 1 9 false"]);
+    assert_eq!(
+        words(&container.verb_gone(3, now)),
+        ["ask Signal 1 9 false"]
+    );
     // Its output has no reader that matters any more.
     let late = container.deadline(now).unwrap();
     assert_eq!(words(&container.time(late)), ["reset 1025"]);
@@ -415,8 +492,14 @@ fn an_exec_dies_with_its_verb() {
 fn signals_and_sizes_go_to_the_process_of_the_connection() {
     let mut container = running();
     exec(&mut container, 3);
-    assert_eq!(signal(&mut container, 3, libc::SIGHUP), ["ask Signal 1 1 false"]);
-    assert_eq!(signal(&mut container, 4, libc::SIGHUP), ["ask Signal 0 1 false"]);
+    assert_eq!(
+        signal(&mut container, 3, libc::SIGHUP),
+        ["ask Signal 1 1 false"]
+    );
+    assert_eq!(
+        signal(&mut container, 4, libc::SIGHUP),
+        ["ask Signal 0 1 false"]
+    );
     let size = WindowSize {
         rows: 1,
         columns: 2,
@@ -447,8 +530,15 @@ fn a_paused_container_takes_no_exec() {
 fn whoever_listens_hears_of_lack_of_memory() {
     let mut container = running();
     container.request(6, Request::Events, Vec::new(), NOW());
-    let event = |id: &str| Incoming::Event(Event::OutOfMemory { container: id.into() });
-    assert_eq!(words(&container.from_agent(event("c"), NOW())), ["6: OutOfMemory"]);
+    let event = |id: &str| {
+        Incoming::Event(Event::OutOfMemory {
+            container: id.into(),
+        })
+    };
+    assert_eq!(
+        words(&container.from_agent(event("c"), NOW())),
+        ["6: OutOfMemory"]
+    );
     assert!(container.from_agent(event("x"), NOW()).is_empty());
     container.verb_gone(6, NOW());
     assert!(container.from_agent(event("c"), NOW()).is_empty());

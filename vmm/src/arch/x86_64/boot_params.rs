@@ -53,7 +53,7 @@ pub(crate) fn write(
         modlist_paddr: MODULE_LIST,
         cmdline_paddr: COMMAND_LINE,
         memmap_paddr: MEMORY_MAP,
-        memmap_entries: ram.len() as u32,
+        memmap_entries: u32::try_from(ram.len()).expect("a memory map has a handful of ranges"),
         ..Default::default()
     };
     let module = hvm_modlist_entry {

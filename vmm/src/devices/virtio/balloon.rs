@@ -23,6 +23,7 @@ const FEATURE_PAGE_REPORTING: u64 = 1 << 5;
 
 /// Virtqueues: virtio 1.2, 5.5.2. Those of features that are not offered do not count, as drivers have it.
 const INFLATE: usize = 0;
+#[cfg(test)]
 const DEFLATE: usize = 1;
 const REPORTING: usize = 2;
 /// Linux reports up to 32 ranges in one chain; the other queues hold one buffer.
@@ -275,7 +276,7 @@ mod tests {
 
         fn activate(&mut self) {
             let queues: Vec<_> = self.queues.iter().collect();
-            let activation = test_support::activation(&self.memory, &queues, &self.interrupt, 0);
+            let activation = test_support::activation(&self.memory, &queues, &self.interrupt);
             self.device.activate(activation).unwrap();
         }
 

@@ -268,11 +268,6 @@ impl<'m> Writer<'m> {
         self.write_all(value.as_slice())
     }
 
-    /// The host kernel has filled `count` bytes through `iovecs`.
-    pub(crate) fn skip(&mut self, count: usize) -> Result<(), TooShort> {
-        self.0.skip(count)
-    }
-
     /// Keeps the first `count` bytes and returns the rest, so that a header can be written after its body.
     pub(crate) fn split_at(&mut self, count: usize) -> Result<Writer<'m>, TooShort> {
         self.0.split_at(count).map(Writer)

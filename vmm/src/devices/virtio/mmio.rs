@@ -254,7 +254,6 @@ impl MmioTransport {
             memory: self.memory.clone(),
             queues,
             interrupt: self.interrupt.clone(),
-            features: state.accepted,
         };
         if let Err(error) = self.device().activate(activation) {
             log::error!("virtio device cannot start: {error}");
@@ -277,7 +276,7 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
             self.device().read_config(offset, data);
-        } else if data.len() == 4 && offset % 4 == 0 {
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }

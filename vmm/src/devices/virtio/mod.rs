@@ -39,8 +39,6 @@ pub(crate) enum GuestFault {
 pub(crate) enum ActivateError {
     #[error("cannot start a device thread")]
     Thread(#[source] std::io::Error),
-    #[error("event fd")]
-    EventFd(#[source] std::io::Error),
 }
 
 /// A virtqueue that the driver has set up, and the event fd that is signalled when the driver kicks it.
@@ -59,8 +57,6 @@ pub(crate) struct Activation {
     /// and not `ready()`.
     pub(crate) queues: Vec<ActiveQueue>,
     pub(crate) interrupt: Interrupt,
-    /// What the driver accepted; a subset of `features`.
-    pub(crate) features: u64,
 }
 
 /// Who waits for the driver's kicks.

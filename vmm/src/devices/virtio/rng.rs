@@ -189,7 +189,7 @@ mod tests {
 
         fn activate(&mut self) {
             let queues = [&self.queue];
-            let activation = test_support::activation(&self.memory, &queues, &self.interrupt, 0);
+            let activation = test_support::activation(&self.memory, &queues, &self.interrupt);
             self.device.activate(activation).unwrap();
         }
 

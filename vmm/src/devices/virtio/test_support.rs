@@ -33,13 +33,11 @@ pub(crate) fn activation(
     memory: &GuestMemory,
     queues: &[&DriverQueue],
     interrupt: &Interrupt,
-    features: u64,
 ) -> Activation {
     Activation {
         memory: memory.clone(),
         queues: queues.iter().map(|queue| queue.device_side()).collect(),
         interrupt: interrupt.clone(),
-        features,
     }
 }
 

@@ -71,7 +71,7 @@ impl Guest {
 
     fn activate(&mut self) {
         let queues = [&self.rx, &self.tx, &self.event];
-        let activation = test_support::activation(&self.memory, &queues, &self.interrupt, 1);
+        let activation = test_support::activation(&self.memory, &queues, &self.interrupt);
         self.device.activate(activation).unwrap();
     }
 
@@ -1434,7 +1434,7 @@ fn an_unready_queue_is_left_alone() {
     let mut guest = Guest::new();
     guest.device.reset();
     let queues = [&guest.rx, &guest.tx, &guest.event];
-    let mut activation = test_support::activation(&guest.memory, &queues, &guest.interrupt, 1);
+    let mut activation = test_support::activation(&guest.memory, &queues, &guest.interrupt);
     for queue in &mut activation.queues {
         queue.queue.set_ready(false);
     }

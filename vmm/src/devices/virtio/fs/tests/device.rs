@@ -50,7 +50,7 @@ impl Driver {
 
     fn activate(&mut self) {
         let queues = [&self.queues[0], &self.queues[1]];
-        let activation = activation(&self.memory, &queues, &self.interrupt, 0);
+        let activation = activation(&self.memory, &queues, &self.interrupt);
         self.kicks = activation
             .queues
             .iter()
@@ -282,7 +282,7 @@ fn a_kick_before_the_threads_start_is_not_lost() {
     };
     driver.put(1, opcode::INIT, input.as_slice(), 0);
     let queues = [&driver.queues[0], &driver.queues[1]];
-    let activation = activation(&driver.memory, &queues, &driver.interrupt, 0);
+    let activation = activation(&driver.memory, &queues, &driver.interrupt);
     activation.queues[1].kick.write(1).unwrap();
     driver.device.activate(activation).unwrap();
     driver.wait();
