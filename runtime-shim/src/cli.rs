@@ -205,9 +205,6 @@ pub enum Command {
     /// The process that holds a container's VM; started by create and run
     #[command(hide = true)]
     Monitor(Monitor),
-    /// The process that stands for a detached exec on the host
-    #[command(hide = true, name = "exec-stub")]
-    ExecStub(Monitor),
 }
 
 impl Command {
@@ -235,7 +232,6 @@ impl Command {
             Command::Check(_) => "check",
             Command::Completion(_) => "completion",
             Command::Monitor(_) => "monitor",
-            Command::ExecStub(_) => "exec-stub",
         }
     }
 }

@@ -14,7 +14,7 @@ use agent_protocol::WindowSize;
 
 use super::Error;
 use crate::bundle::Bundle;
-use crate::cgroup::{Cgroup, Hierarchies};
+use crate::cgroup::{Cgroup, CgroupError, Hierarchies};
 use crate::cli::{Create, CreateOptions, Global};
 use crate::console::{self, Pty};
 use crate::guest_files::GuestFiles;
@@ -22,9 +22,9 @@ use crate::hooks::{self, Environment};
 use crate::identity::Identity;
 use crate::monitor::launch::Monitor;
 use crate::monitor::order::{Deadlines, Order, Report};
-use crate::plan::{self, CgroupLocation, HostFacts, HostPlan, Options, Plan};
+use crate::plan::{self, CgroupLocation, HostFacts, HostLimits, HostPlan, Options, Plan};
 use crate::status::Status;
-use crate::store::{Locked, State, Store, VERSION, user_name};
+use crate::store::{Locked, State, Store, VERSION, is_host_root, user_name};
 use crate::{channel, control, mount_points, pid_file, signal_fd, time};
 
 /// What becomes of the container after its creation.
@@ -202,9 +202,27 @@ fn make_cgroup(host: &HostPlan) -> Result<Option<Cgroup>, Error> {
     if host.cgroup == CgroupLocation::Unchanged {
         return Ok(None);
     }
-    let cgroup = Cgroup::create(&Hierarchies::detect()?, &host.cgroup)?;
+    let cgroup = match Cgroup::create(&Hierarchies::detect()?, &host.cgroup) {
+        Ok(cgroup) => cgroup,
+        // As in runc: a user who has no cgroup to give runs without, if nothing depends on it.
+        Err(error)
+            if is_denied(&error) && !is_host_root() && host.limits == HostLimits::default() =>
+        {
+            log::debug!("no cgroup on the host: {}", super::chain(&error));
+            return Ok(None);
+        }
+        Err(error) => return Err(error.into()),
+    };
     cgroup.set(&host.limits)?;
     Ok(Some(cgroup))
+}
+
+fn is_denied(error: &CgroupError) -> bool {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    let CgroupError::Io { source, .. } = error else {
+        return false;
+    };
+    matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem)
 }
 
 /// The terminal of the init process on the host.

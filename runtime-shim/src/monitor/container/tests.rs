@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-use agent_protocol::{Capabilities, CgroupPlan, Process, Usage, WindowSize};
+use agent_protocol::{Capabilities, CgroupPlan, Process, WindowSize};
 use vmm::StopReason;
 
 use super::*;
