@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Device nodes of a container, and its terminal.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use agent_protocol::{Device, DeviceKind, WindowSize};
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, fchown, fstat, fstatfs,
-    makedev, mknodat, openat, statat, symlinkat, unlinkat,
+    AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, Uid, chownat, fchown, fstat, fstatfs, makedev,
+    mknodat, openat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
@@ -19,12 +20,12 @@ use crate::rootfs::{Kind, Rootfs};
 
 /// The devices that each container has (runtime-spec, config-linux, "Default Devices").
 const NODES: [(&str, u32, u32); 6] = [
-    ("/dev/null", 1, 3),
-    ("/dev/zero", 1, 5),
-    ("/dev/full", 1, 7),
-    ("/dev/random", 1, 8),
-    ("/dev/urandom", 1, 9),
-    ("/dev/tty", 5, 0),
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
 ];
 
 /// runtime-spec, runtime-linux, "Dev symbolic links".
@@ -38,10 +39,11 @@ const LINKS: [(&str, &str); 4] = [
 const DEVPTS_SUPER_MAGIC: i64 = 0x1cd1;
 
 pub(crate) fn make_default_devices(rootfs: &Rootfs) -> Result<()> {
-    for (path, major, minor) in NODES {
-        make(rootfs, &standard(path, major, minor)).stage(path)?;
-    }
     let directory = rootfs.make("/dev", Kind::Directory).stage("/dev")?;
+    for (name, major, minor) in NODES {
+        let device = standard(name, major, minor);
+        make(rootfs, &directory, name.as_ref(), &device).stage(&device.path)?;
+    }
     for (name, target) in LINKS {
         match symlinkat(target, &directory, name) {
             Ok(()) | Err(Errno::EXIST) => {}
@@ -56,9 +58,9 @@ pub(crate) fn make_default_devices(rootfs: &Rootfs) -> Result<()> {
     symlinkat("pts/ptmx", &directory, "ptmx").stage("/dev/ptmx")
 }
 
-fn standard(path: &str, major: u32, minor: u32) -> Device {
+fn standard(name: &str, major: u32, minor: u32) -> Device {
     Device {
-        path: path.into(),
+        path: format!("/dev/{name}"),
         kind: DeviceKind::Character,
         major,
         minor,
@@ -70,13 +72,20 @@ fn standard(path: &str, major: u32, minor: u32) -> Device {
 
 pub(crate) fn make_devices(rootfs: &Rootfs, devices: &[Device]) -> Result<()> {
     for (index, device) in devices.iter().enumerate() {
-        make(rootfs, device).field(format_args!("devices[{index}] {}", device.path))?;
+        rootfs
+            .make_parent(&device.path)
+            .and_then(|(directory, name)| make(rootfs, &directory, name, device))
+            .field(format_args!("devices[{index}] {}", device.path))?;
     }
     Ok(())
 }
 
-fn make(rootfs: &Rootfs, device: &Device) -> rustix::io::Result<()> {
-    let (directory, name) = rootfs.make_parent(&device.path)?;
+fn make(
+    rootfs: &Rootfs,
+    directory: &OwnedFd,
+    name: &OsStr,
+    device: &Device,
+) -> rustix::io::Result<()> {
     let (kind, number) = match device.kind {
         DeviceKind::Character => (
             FileType::CharacterDevice,
@@ -86,28 +95,29 @@ fn make(rootfs: &Rootfs, device: &Device) -> rustix::io::Result<()> {
         DeviceKind::Fifo => (FileType::Fifo, 0),
     };
     let mode = Mode::from_raw_mode(device.mode & 0o7777);
-    match mknodat(&directory, name, kind, mode, number) {
+    match mknodat(directory, name, kind, mode, number) {
         Ok(()) => {}
-        Err(Errno::EXIST) if is_node(&directory, name, kind, number) => return Ok(()),
+        Err(Errno::EXIST) if is_node(directory, name, kind, number) => return Ok(()),
         // In a user namespace nodes cannot be made, only bound.
         Err(Errno::EXIST | Errno::PERM) if kind != FileType::Fifo => {
             return bind(rootfs, device, kind, number);
         }
         Err(errno) => return Err(errno),
     }
-    // The creation mode is subject to ACLs of the directory, and the owner is the caller.
-    chmodat(&directory, name, mode, AtFlags::empty())?;
-    let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
-    chownat(
-        &directory,
-        name,
-        Some(uid),
-        Some(gid),
-        AtFlags::SYMLINK_NOFOLLOW,
-    )
+    if (device.uid, device.gid) != (0, 0) {
+        let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
+        chownat(
+            directory,
+            name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
+    }
+    Ok(())
 }
 
-fn is_node(directory: &OwnedFd, name: &std::ffi::OsStr, kind: FileType, number: Dev) -> bool {
+fn is_node(directory: &OwnedFd, name: &OsStr, kind: FileType, number: Dev) -> bool {
     statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|found| {
         FileType::from_raw_mode(found.st_mode) == kind && found.st_rdev == number
     })

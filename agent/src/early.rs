@@ -104,7 +104,8 @@ pub(crate) fn unmount_share() -> Result<()> {
     unmount(SHARE, UnmountFlags::DETACH).stage("unmount the share")
 }
 
-/// Makes `/proc` that of the agent's own pid namespace.
+/// Makes `/proc` that of the agent's own pid namespace, and its signals those of PID 1.
 pub(crate) fn prepare_development_machine() -> Result<()> {
+    crate::syscalls::default_signals();
     mount("proc", "/proc", "proc", MountFlags::empty(), None).stage("mount /proc")
 }

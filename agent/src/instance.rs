@@ -157,7 +157,7 @@ impl Instance {
     ) -> Result<Instance> {
         let token = core
             .poll
-            .add(&channel, Source::Channel(key.clone()))
+            .add_reader(&channel, Source::Channel(key.clone()))
             .stage("epoll")?;
         let mut instance = Instance {
             key,

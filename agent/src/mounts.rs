@@ -8,6 +8,7 @@ use std::path::Path;
 
 use agent_protocol::{GuestPlan, Mount, MountSource};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
     mount_change, move_mount, open_tree, unmount,
@@ -194,16 +195,16 @@ fn attach_new(rootfs: &Rootfs, mount: &Mount, source: &str, kind: &str) -> Resul
 }
 
 fn real_directory(rootfs: &Rootfs, path: &str) -> Result<OwnedFd> {
-    let target = rootfs.make(path, Kind::Directory).stage("destination")?;
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY;
-    let unfollowed = rootfs.open_with(path, flags);
-    let same = unfollowed.and_then(|unfollowed| {
-        let (one, other) = (fstat(&target)?, fstat(&unfollowed)?);
-        Ok((one.st_dev, one.st_ino) == (other.st_dev, other.st_ino))
-    });
-    match same {
-        Ok(true) => Ok(target),
-        _ => Err(refused("destination: must be an ordinary directory")),
+    let open = || rootfs.open_directory_without_links(path);
+    let opened = match open() {
+        Err(Errno::NOENT) => rootfs.make(path, Kind::Directory).and_then(|_| open()),
+        other => other,
+    };
+    match opened {
+        Err(Errno::LOOP | Errno::NOTDIR) => {
+            Err(refused("destination: must be an ordinary directory"))
+        }
+        other => other.stage("destination"),
     }
 }
 
@@ -311,7 +312,6 @@ pub(crate) fn make_read_only(rootfs: &Rootfs, path: &str) -> rustix::io::Result<
 }
 
 fn open_if_there(rootfs: &Rootfs, path: &str) -> rustix::io::Result<Option<OwnedFd>> {
-    use rustix::io::Errno;
     match rootfs.open(path) {
         Ok(target) => Ok(Some(target)),
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),

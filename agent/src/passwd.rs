@@ -15,10 +15,12 @@ pub(crate) fn home(uid: u32) -> Option<String> {
     // A fifo or a terminal there must not hold the container up.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file: OwnedFd = openat(CWD, "/etc/passwd", flags, Mode::empty()).ok()?;
-    if FileType::from_raw_mode(fstat(&file).ok()?.st_mode) != FileType::RegularFile {
+    let found = fstat(&file).ok()?;
+    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
         return None;
     }
-    let mut text = Vec::new();
+    let size = found.st_size.cast_unsigned().min(MAX_SIZE);
+    let mut text = Vec::with_capacity(usize::try_from(size).ok()? + 1);
     File::from(file)
         .take(MAX_SIZE)
         .read_to_end(&mut text)

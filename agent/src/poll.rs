@@ -42,6 +42,15 @@ impl<S: Clone> Poll<S> {
         )
     }
 
+    /// Watches what is only read.
+    pub(crate) fn add_reader(&mut self, fd: impl AsFd, source: S) -> Result<Token> {
+        self.register(
+            fd,
+            source,
+            EventFlags::IN | EventFlags::RDHUP | EventFlags::ET,
+        )
+    }
+
     /// Watches for changes of a file such as `cgroup.events`, level-triggered: until it is read.
     pub(crate) fn add_priority(&mut self, fd: impl AsFd, source: S) -> Result<Token> {
         self.register(fd, source, EventFlags::PRI)

@@ -47,6 +47,15 @@ impl Rootfs {
         )
     }
 
+    pub(crate) fn open_directory_without_links(&self, path: impl AsRef<Path>) -> Result<OwnedFd> {
+        resolve(
+            self.0.as_fd(),
+            path.as_ref(),
+            OFlags::PATH | OFlags::DIRECTORY,
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS,
+        )
+    }
+
     /// A handle on what the path leads to; what is missing of it is made. Dangling symbolic links are
     /// followed: their targets are made, inside the root.
     pub(crate) fn make(&self, path: impl AsRef<Path>, kind: Kind) -> Result<OwnedFd> {

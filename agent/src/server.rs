@@ -35,7 +35,9 @@ enum Answer {
 impl Server {
     pub(crate) fn new(mut core: Core) -> Result<Server> {
         let signals = crate::syscalls::child_signals().stage("signals")?;
-        core.poll.add(&signals, Source::Signals).stage("epoll")?;
+        core.poll
+            .add_reader(&signals, Source::Signals)
+            .stage("epoll")?;
         core.event(Event::Ready { version: VERSION });
         Ok(Server {
             core,

@@ -141,23 +141,17 @@ fn close_range(first: u32, last: u32, flags: libc::c_uint) -> Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
 }
 
-/// Gives every signal its default action and blocks none.
-pub(crate) fn reset_signals() -> Result<()> {
-    for signal in 1..=64 {
-        // SAFETY: the action, SIG_DFL with no flags and an empty mask, is all zeroes and is read only.
-        // The C library's own call would leave out the two signals that it keeps to itself. Failure for
-        // KILL and STOP is expected; these are at their defaults.
-        unsafe {
-            let action = [0u64; 4];
-            libc::syscall(
-                libc::SYS_rt_sigaction,
-                signal,
-                action.as_ptr(),
-                ptr::null_mut::<u64>(),
-                size_of::<u64>(),
-            );
-        }
+/// Gives every signal its default action, but for SIGPIPE, which Rust's start-up code ignores. In a
+/// machine this is so from the beginning; on a development machine the caller may have ignored some.
+pub(crate) fn default_signals() {
+    for signal in (1..=64).filter(|&signal| signal != libc::SIGPIPE) {
+        default_signal(signal);
     }
+}
+
+/// Undoes for a child what the agent has changed of its signals.
+pub(crate) fn reset_signals() -> Result<()> {
+    default_signal(libc::SIGPIPE);
     // SAFETY: the set is initialised by sigemptyset before it is read.
     check(
         unsafe {
@@ -168,6 +162,22 @@ pub(crate) fn reset_signals() -> Result<()> {
         .into(),
     )
     .map(drop)
+}
+
+fn default_signal(signal: libc::c_int) {
+    // The kernel's sigaction: SIG_DFL, no flags, no restorer, an empty mask.
+    let action = [0u64; 4];
+    // SAFETY: the action outlives the call and is read only. The C library's own call would refuse the
+    // two signals that it keeps to itself. Failure for KILL and STOP is expected; they have no other.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            action.as_ptr(),
+            ptr::null_mut::<u64>(),
+            size_of::<u64>(),
+        );
+    }
 }
 
 /// Blocks SIGCHLD and returns the descriptor that tells of it.

@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::harness::*;
-use agent_protocol::{ErrorKind, Hook, IdMapping, Reply, Request, Rlimit, Stdio};
+use agent_protocol::{Clock, ErrorKind, Hook, IdMapping, Reply, Request, Rlimit, Stdio};
 
 macro_rules! guest {
     () => {
@@ -624,30 +625,25 @@ fn the_end_of_the_host_is_the_end_of_the_machine() {
     guest.sleeper("c");
     guest.hang_up();
 }
+
 #[test]
-fn bench() {
+fn the_machine_is_prepared() {
     let mut guest = guest!();
-    let mut p = plan("");
-    p.process.args = vec!["true".into()];
-    let (mut c, mut s, mut d, mut e) = (0, 0, 0, 0);
-    for _ in 0..50 {
-        let t = std::time::Instant::now();
-        guest.create("c", p.clone(), NOTHING).unwrap();
-        c += t.elapsed().as_micros();
-        let t = std::time::Instant::now();
-        guest.start_container("c").unwrap();
-        s += t.elapsed().as_micros();
-        guest.exited("c", 0);
-        e += t.elapsed().as_micros();
-        let t = std::time::Instant::now();
-        guest.delete("c").unwrap();
-        d += t.elapsed().as_micros();
-    }
-    eprintln!(
-        "create {} start {} exited {} delete {} us",
-        c / 50,
-        s / 50,
-        e / 50,
-        d / 50
+    // The real time, since the clock is that of the machine the test runs on.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let clock = Clock {
+        seconds: now.as_secs().cast_signed(),
+        nanoseconds: now.subsec_nanos(),
+    };
+    let prepare = |length| Request::Prepare {
+        clock,
+        entropy: vec![7; length],
+    };
+    assert_eq!(
+        guest.ask(prepare(5000)).unwrap_err().message,
+        "entropy: too long"
     );
+    for length in [0, 1, 256] {
+        guest.ask(prepare(length)).unwrap();
+    }
 }

@@ -54,8 +54,9 @@ impl Guest {
     /// None, with the reason told, where the agent cannot run.
     pub fn start() -> Option<Guest> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        if !rustix::process::geteuid().is_root() {
-            skip("needs root");
+        let capabilities = rustix::thread::capabilities(None).unwrap().effective;
+        if capabilities.bits() & ALL_CAPABILITIES != ALL_CAPABILITIES {
+            skip("needs root with every capability, as in tests/host/run");
             return None;
         }
         let Some(mount) = cgroup_mount() else {
@@ -88,22 +89,17 @@ impl Guest {
         }
         fs::create_dir(&cgroup).unwrap();
         let listener = UnixListener::bind(sockets.join(CONTROL_PORT.to_string())).unwrap();
-        let launch = std::env::var_os("AGENT_TEST_LAUNCH");
-        let mut command = Command::new(launch.as_deref().unwrap_or("unshare".as_ref()));
-        if launch.is_none() {
-            command
-                .args([
-                    "--pid",
-                    "--mount",
-                    "--uts",
-                    "--net",
-                    "--fork",
-                    "--kill-child",
-                ])
-                .arg(env!("CARGO_BIN_EXE_agent"))
-                .arg("--development");
-        }
-        let agent = command
+        let agent = Command::new("unshare")
+            .args([
+                "--pid",
+                "--mount",
+                "--uts",
+                "--net",
+                "--fork",
+                "--kill-child",
+            ])
+            .arg(env!("CARGO_BIN_EXE_agent"))
+            .arg("--development")
             .args([&sockets, &directory.join("share"), &cgroup])
             .spawn()
             .unwrap();
