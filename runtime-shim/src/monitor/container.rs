@@ -491,7 +491,6 @@ impl Container {
             Asked::Nothing => Vec::new(),
         }
     }
-
 }
 
 /// Hooks run before the start is answered. One without a limit may take as long as it likes.
