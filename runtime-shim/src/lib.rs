@@ -21,6 +21,7 @@ pub mod plan;
 pub mod sandbox;
 pub mod signal;
 pub mod signal_fd;
+pub mod stages;
 pub mod stats;
 pub mod status;
 pub mod stdio;

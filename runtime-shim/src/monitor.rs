@@ -21,7 +21,7 @@ use vmm::{HostStream, Machine, VmConfig};
 
 use crate::channel::Channel;
 use crate::plan::Network;
-use crate::{sandbox, signal_fd, stdio};
+use crate::{sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -91,6 +91,7 @@ fn set_up(
     order: Order,
     files: Vec<OwnedFd>,
 ) -> Result<Option<Parts>, Failure> {
+    stages::mark("spawn");
     let owner = rustix::process::geteuid().as_raw();
     let setup = at(Stage::Setup);
     let files = Files::sort(files).map_err(&setup)?;
@@ -125,6 +126,7 @@ fn set_up(
         .share_files(root, &["rootfs"])
         .map_err(at(Stage::Machine))?;
     let agent = connect_agent(&mut machine)?;
+    stages::mark("vm");
     tell(creator, Report::Stage(Stage::Boot))?;
     let template = Template {
         id: order.id,

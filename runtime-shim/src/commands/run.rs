@@ -15,9 +15,9 @@ use crate::cli::{Global, Run};
 use crate::console::{Ready, Relay};
 use crate::monitor::launch::{Monitor, shell_status};
 use crate::monitor::order::Report;
-use crate::signal_fd;
 use crate::status::Status;
 use crate::store::{Store, StoreError};
+use crate::{signal_fd, stages};
 
 pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error> {
     let target = arguments.target(|path: &Path| path.join("config.json").is_file())?;
@@ -63,6 +63,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
     } else {
         delete_ended(store, &id)
     };
+    stages::mark("delete");
     let status = ended?;
     deleted?;
     Ok(shell_status(status))

@@ -15,7 +15,7 @@ use super::order::{Failure, Report, chain};
 use crate::agent_client::AgentClient;
 use crate::channel::{Channel, Error as ChannelError, remaining};
 use crate::control::{self, Reply, Request};
-use crate::{console, signal_fd};
+use crate::{console, signal_fd, stages};
 
 /// A verb that lets more than this pile up has stopped reading.
 const BACKLOG: usize = 8 << 20;
@@ -87,6 +87,8 @@ pub struct EventLoop {
     machine: Machine,
     agent: AgentClient<Asked>,
     agent_waits_to_write: bool,
+    /// The agent has said something: the guest is up.
+    agent_heard: bool,
     container: Container,
     first: Vec<Action>,
     creator: Option<Channel>,
@@ -113,6 +115,7 @@ impl EventLoop {
             epoll,
             machine: parts.machine,
             agent: AgentClient::new(parts.agent),
+            agent_heard: false,
             agent_waits_to_write: false,
             container: parts.container,
             first: parts.first,
@@ -136,6 +139,7 @@ impl EventLoop {
             // It has ended already.
             let _ = self.perform_one(action);
         }
+        stages::mark("exit");
         status
     }
 
@@ -214,6 +218,9 @@ impl EventLoop {
         let mut actions = Vec::new();
         match incoming {
             Ok(incoming) => {
+                if !incoming.is_empty() && !std::mem::replace(&mut self.agent_heard, true) {
+                    stages::mark("agent");
+                }
                 for message in incoming {
                     actions.extend(self.container.from_agent(message, now));
                 }
@@ -337,7 +344,14 @@ impl EventLoop {
             Action::Reset { port } => self.machine.close_stream(port),
             Action::Answer { verb, reply } => return Ok(self.answer(verb, &reply)),
             Action::Hangup { verb } => drop(self.verbs.remove(&verb)),
-            Action::Report(report) => self.report(report),
+            Action::Report(report) => {
+                match report {
+                    Report::Created => stages::mark("container"),
+                    Report::Started => stages::mark("exec"),
+                    _ => {}
+                }
+                self.report(report);
+            }
             Action::Exit(status) => return Err(Exit(status)),
         }
         Ok(Vec::new())

@@ -18,6 +18,7 @@ use super::order::{Deadlines, Failure, Go, Order, Report, Stage};
 use crate::channel::{self, Channel, wait};
 use crate::cli::Global;
 use crate::signal_fd;
+use crate::stages;
 
 /// The monitor keeps its own deadlines; this is for one that hangs.
 const GRACE: Duration = Duration::from_secs(30);
@@ -188,8 +189,10 @@ fn command(
     rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("sandbox").env_clear();
-    if let Some(path) = std::env::var_os(CONSOLE_VARIABLE) {
-        command.env(CONSOLE_VARIABLE, path);
+    for variable in [CONSOLE_VARIABLE, stages::VARIABLE] {
+        if let Some(path) = std::env::var_os(variable) {
+            command.env(variable, path);
+        }
     }
     command.args(logging(global));
     command.args(["monitor", "--fd", &socket.as_raw_fd().to_string(), "--", id]);
