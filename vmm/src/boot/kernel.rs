@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The kernel: an uncompressed ELF `vmlinux` with a PVH entry note. Whole pages of its segments are mapped from the
-//! file, so that all VMs share one copy; only the odd bytes at the ends of segments are copied.
+//! The kernel: an uncompressed ELF `vmlinux` with a PVH entry note. Its segments are copied into guest memory, where huge
+//! pages hold them. Mapping them from the file was tried and given up: the kernel patches much of its text while it
+//! boots, so that most pages became private anyway, each by two nested page faults (a cold boot took twice as long).
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use crate::arch::boot_params::Range;
-use crate::memory::{GuestMemory, MemoryError, PAGE, map_file};
+use crate::memory::GuestMemory;
 
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
@@ -31,9 +32,7 @@ pub(crate) enum KernelError {
     NoPvhEntry,
     #[error("kernel needs memory up to {end:#x}, the guest has {limit:#x} bytes below the hole")]
     DoesNotFit { end: u64, limit: u64 },
-    #[error("kernel")]
-    Map(#[source] MemoryError),
-    #[error("kernel: cannot write guest memory")]
+    #[error("kernel: cannot be copied into guest memory")]
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
@@ -134,49 +133,15 @@ fn load_segment(
     {
         return Err(KernelError::Damaged("segment beyond the end of the file"));
     }
-    let filled = start + program.p_filesz;
-    let first_page = start.next_multiple_of(PAGE);
-    let last_page = filled - filled % PAGE;
-    if first_page >= last_page || !(offset + (first_page - start)).is_multiple_of(PAGE) {
-        copy(memory, file, offset, start, program.p_filesz)?;
-        return Ok(end);
-    }
-    let pages = Range {
-        start: first_page,
-        size: last_page - first_page,
-    };
-    copy(memory, file, offset, start, first_page - start)?;
-    map_file(memory, pages, file, offset + (first_page - start)).map_err(KernelError::Map)?;
-    copy(
-        memory,
-        file,
-        offset + (last_page - start),
-        last_page,
-        filled - last_page,
-    )?;
+    let mut file = file;
+    file.seek(SeekFrom::Start(offset))
+        .map_err(KernelError::Read)?;
+    let size =
+        usize::try_from(program.p_filesz).map_err(|_| KernelError::Damaged("segment size"))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), &mut file, size)
+        .map_err(KernelError::Write)?;
     Ok(end)
-}
-
-fn copy(
-    memory: &GuestMemory,
-    file: &File,
-    offset: u64,
-    address: u64,
-    size: u64,
-) -> Result<(), KernelError> {
-    const PIECE: u64 = 64 << 10;
-    let mut done = 0;
-    let mut buffer = vec![0; size.min(PIECE) as usize];
-    while done < size {
-        let piece = &mut buffer[..(size - done).min(PIECE) as usize];
-        file.read_exact_at(piece, offset + done)
-            .map_err(KernelError::Read)?;
-        memory
-            .write_slice(piece, GuestAddress(address + done))
-            .map_err(KernelError::Write)?;
-        done += piece.len() as u64;
-    }
-    Ok(())
 }
 
 /// Looks for the PVH entry point in a note segment. Notes are padded to four bytes.
