@@ -170,7 +170,7 @@ mod tests {
         }
         assert!(
             plan.command_line
-                .contains(" virtio_mmio.device=4K@0xd0000000:5 ")
+                .contains(" virtio_mmio.device=4K@0xd0000000:1 ")
         );
         assert!(plan.command_line.ends_with(" extra=1"));
     }

@@ -31,10 +31,10 @@ pub(crate) const VIRTIO_SLOT_SIZE: u64 = 0x1000;
 
 pub(crate) const IOAPIC: u64 = 0xfec0_0000;
 pub(crate) const IOAPIC_SIZE: u64 = 0x1000;
-/// Pins of the IOAPIC.
-pub(crate) const IOAPIC_PINS: u8 = 24;
-/// First pin used by a virtio slot: the lower ones had fixed meanings on the PC.
-pub(crate) const VIRTIO_FIRST_PIN: u8 = 5;
+/// Pins of the IOAPIC. The kernel touches the entry of each several times at boot, every time with two exits.
+pub(crate) const IOAPIC_PINS: u8 = 12;
+/// First pin used by a virtio slot: interrupt 0 means none to a driver.
+pub(crate) const VIRTIO_FIRST_PIN: u8 = 1;
 /// As many slots as there are pins for.
 pub(crate) const MAX_VIRTIO_SLOTS: usize = (IOAPIC_PINS - VIRTIO_FIRST_PIN) as usize;
 
