@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Statx, Timespec, Timestamps, UTIME_NOW,
-    UTIME_OMIT, Uid,
+    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Statx, StatxAttributes, Timespec,
+    Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
@@ -37,12 +37,25 @@ struct Caching {
     absence: Duration,
 }
 
-/// A tree that the host changes too: what it does shows within a second, and at once where something is opened or
-/// did not exist.
+/// A tree that the host changes too: what it does shows within a second, and at once where something did not exist.
 const SHARED: Caching = Caching {
     entry: Duration::from_secs(1),
     attributes: Duration::from_secs(1),
     absence: Duration::ZERO,
+};
+
+/// What is not a directory in such a tree. Opening a file drops its cached data, but not its cached size: without a
+/// lookup before each opening, a file that the host has made longer would be cut off at its old end.
+const SHARED_FILE: Caching = Caching {
+    entry: Duration::ZERO,
+    ..SHARED
+};
+
+/// A single file of the host mounted by itself: the guest's mount point is never looked up again, so that each use has
+/// to ask for the size.
+const SHARED_MOUNT: Caching = Caching {
+    attributes: Duration::ZERO,
+    ..SHARED_FILE
 };
 
 /// A tree that is the container's own. The host changes it rarely (`docker cp`), so that it shows only later.
@@ -53,8 +66,19 @@ const PRIVATE: Caching = Caching {
 };
 
 impl Caching {
+    /// For names in a directory that does or does not belong to the container alone.
     fn of(private: bool) -> Caching {
         if private { PRIVATE } else { SHARED }
+    }
+
+    fn of_node(nature: Nature, stat: &Statx) -> Caching {
+        if nature.private || nature.file_type == FileType::Directory {
+            Caching::of(nature.private)
+        } else if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            SHARED_MOUNT
+        } else {
+            SHARED_FILE
+        }
     }
 }
 
@@ -158,7 +182,7 @@ impl Passthrough {
     }
 
     pub(super) fn entry_out(&self, node: NodeId, nature: Nature, stat: &Statx) -> abi::EntryOut {
-        let caching = Caching::of(nature.private);
+        let caching = Caching::of_node(nature, stat);
         abi::EntryOut {
             nodeid: node,
             generation: 0,
@@ -194,7 +218,7 @@ impl Passthrough {
     }
 
     fn attr_out(&self, nature: Nature, stat: &Statx) -> abi::AttrOut {
-        let valid = Caching::of(nature.private).attributes;
+        let valid = Caching::of_node(nature, stat).attributes;
         abi::AttrOut {
             attr_valid: valid.as_secs(),
             attr_valid_nsec: valid.subsec_nanos(),
