@@ -26,4 +26,5 @@ pub mod stats;
 pub mod status;
 pub mod stdio;
 pub mod store;
+pub mod templates;
 pub mod time;

@@ -21,6 +21,7 @@ use vmm::{HostStream, Machine, VmConfig};
 
 use crate::channel::Channel;
 use crate::plan::Network;
+use crate::templates::{Draft, Template as VmTemplate};
 use crate::{sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
@@ -105,15 +106,21 @@ fn set_up(
     tell(creator, Report::Stage(Stage::Machine))?;
     let console = console().map_err(&setup)?;
     // Before the jail: the file server needs a look at /proc.
-    let mut machine = Machine::new(VmConfig {
-        kvm: files.kvm,
-        kernel: files.kernel,
-        initramfs: files.initramfs,
-        vcpus: order.vm.vcpus,
-        memory_mib: order.vm.memory_mib,
-        command_line: console.iter().map(|_| "loglevel=7".to_owned()).collect(),
-    })
-    .map_err(at(Stage::Machine))?;
+    let template = match console {
+        Some(_) => None,
+        None => VmTemplate::find(&order.vm, &files.kernel, &files.initramfs),
+    };
+    let config = || -> io::Result<VmConfig> {
+        Ok(VmConfig {
+            kvm: files.kvm.try_clone()?,
+            kernel: files.kernel.try_clone()?,
+            initramfs: files.initramfs.try_clone()?,
+            vcpus: order.vm.vcpus,
+            memory_mib: order.vm.memory_mib,
+            command_line: console.iter().map(|_| "loglevel=7".to_owned()).collect(),
+        })
+    };
+    let (mut machine, draft) = make_machine(config, template)?;
     if let Some(console) = console {
         machine.echo_console(console);
     }
@@ -138,6 +145,7 @@ fn set_up(
     let (container, first) = Container::new(template, Instant::now());
     Ok(Some(Parts {
         machine,
+        draft,
         agent,
         container,
         first,
@@ -146,6 +154,28 @@ fn set_up(
         terminal,
         owner,
     }))
+}
+
+/// Restores the template, or boots and makes it.
+fn make_machine(
+    config: impl Fn() -> io::Result<VmConfig>,
+    template: Option<VmTemplate>,
+) -> Result<(Machine, Option<Draft>), Failure> {
+    let config = || config().map_err(at(Stage::Machine));
+    if let Some(files) = template.as_ref().and_then(VmTemplate::open) {
+        match Machine::restore(config()?, files) {
+            Ok(machine) => return Ok((machine, None)),
+            Err(error) => log::warn!("template: {}: booting instead", chain(&error)),
+        }
+        template.iter().for_each(VmTemplate::remove);
+    }
+    let mut machine = Machine::new(config()?).map_err(at(Stage::Machine))?;
+    let draft = template.and_then(|template| template.draft().ok());
+    let files = draft.as_ref().and_then(|draft| draft.files().ok());
+    if let Some(files) = files {
+        machine.save_when_ready(files);
+    }
+    Ok((machine, draft))
 }
 
 /// Names a file for whoever debugs a guest: it gets all that the kernel and the agent say.

@@ -12,12 +12,15 @@ mod machine;
 mod memory;
 mod plan;
 mod probe;
+mod snapshot;
 mod vcpu;
+mod vcpu_state;
 mod vm;
 
 pub use config::{ConfigError, VmConfig};
 pub use devices::virtio::vsock::HostStream;
 pub use machine::{Error, Machine, MachineEvent, SHARE_TAG};
 pub use probe::{ProbeError, probe};
+pub use snapshot::{SnapshotError, SnapshotFiles};
 pub use vcpu::StopReason;
 pub use vm::VmError;

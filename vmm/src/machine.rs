@@ -18,13 +18,15 @@ use crate::devices::ioapic::Ioapic;
 use crate::devices::uart::Uart;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::fs::Fs;
-use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
+use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET, TransportState};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::vsock::{HostStream, Vsock};
+use crate::devices::virtio::vsock::{HostStream, TX as VSOCK_TRANSMIT, Vsock};
 use crate::devices::virtio::{Kicks, VirtioDevice};
 use crate::memory::{self, GuestMemory};
 use crate::plan::{self, SlotKind, VmPlan};
+use crate::snapshot::{self, MachineState, SnapshotError, SnapshotFiles};
 use crate::vcpu::{StopReason, VcpuShared, VcpuThreads};
+use crate::vcpu_state::VcpuState;
 use crate::vm::{Vm, VmError, failed};
 
 /// The address of the guest on the vsock device: the first that is not reserved. Each VM has a device of its own, so
@@ -50,6 +52,8 @@ pub enum Error {
     Share(#[source] std::io::Error),
     #[error("cannot connect a stream to port {0}")]
     Stream(u32, #[source] std::io::Error),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("event loop")]
     EventLoop(#[source] std::io::Error),
 }
@@ -61,6 +65,8 @@ pub enum MachineEvent {
     StreamClosed { port: u32 },
     /// The VM does not run any more.
     Stopped(StopReason),
+    /// The snapshot that [`Machine::save_when_ready`] asked for is written, or could not be.
+    Saved(Result<(), String>),
 }
 
 /// Who an epoll event is for.
@@ -85,8 +91,21 @@ pub struct Machine {
     epoll: Epoll,
     sources: Vec<Source>,
     stop_reported: bool,
-    _vm: Vm,
-    _memory: GuestMemory,
+    vsock_transport: Arc<MmioTransport>,
+    ioapic: Arc<Ioapic>,
+    plan: VmPlan,
+    /// To be filled when the agent first calls the host.
+    pending_save: Option<SnapshotFiles>,
+    /// The devices of a restored VM, until it is started.
+    restored: Option<Vec<TransportState>>,
+    vm: Vm,
+    memory: GuestMemory,
+}
+
+/// Where a VM begins.
+enum Origin {
+    Boot { entry: u64 },
+    Snapshot(Box<MachineState>),
 }
 
 impl Machine {
@@ -95,12 +114,47 @@ impl Machine {
         let plan = plan::plan(config.vcpus, config.memory_mib, &config.command_line)?;
         let memory = memory::create(&plan.memory).map_err(|error| Error::Memory(error.into()))?;
         let entry = load_guest(&memory, &plan, &config)?;
-        let vm = Vm::new(config.kvm, &memory)?;
-        let vcpus = create_vcpus(&vm, &plan, entry)?;
+        Machine::build(config.kvm, plan, memory, Origin::Boot { entry })
+    }
+
+    /// Builds the VM that [`Machine::save_when_ready`] has saved: the same configuration, the same host. Nothing runs.
+    /// The memory file stays mapped, and must not change as long as the VM lives.
+    pub fn restore(config: VmConfig, mut files: SnapshotFiles) -> Result<Machine, Error> {
+        let plan = plan::plan(config.vcpus, config.memory_mib, &config.command_line)?;
+        let state = MachineState::read(&mut files.state)?;
+        if state.plan != format!("{plan:?}")
+            || state.vcpus.len() != usize::from(plan.vcpus)
+            || state.transports.len() != plan.slots.len()
+        {
+            return Err(SnapshotError::Shape.into());
+        }
+        let memory = memory::create(&plan.memory).map_err(|error| Error::Memory(error.into()))?;
+        map_snapshot(&memory, &plan, &files.memory)?;
+        Machine::build(config.kvm, plan, memory, Origin::Snapshot(Box::new(state)))
+    }
+
+    fn build(
+        kvm: File,
+        plan: VmPlan,
+        memory: GuestMemory,
+        origin: Origin,
+    ) -> Result<Machine, Error> {
+        let vm = Vm::new(kvm, &memory)?;
+        let vcpus = create_vcpus(&vm, &plan, &origin)?;
         let devices = Devices::new(&plan, &memory)?;
         let epoll = Epoll::new().map_err(Error::EventLoop)?;
-        let (bus, uart) = wire(&vm, &plan, &devices.transports)?;
-        let shared = VcpuShared::new(bus, uart.clone())
+        let ioapic = Arc::new(Ioapic::new(vm.route_setter()));
+        let bus = wire(&vm, &plan, &devices.transports, &ioapic)?;
+        let restored = match origin {
+            Origin::Boot { .. } => None,
+            Origin::Snapshot(state) => {
+                ioapic.restore(&state.ioapic);
+                vm.set_clock(&state.clock)?;
+                Some(state.transports)
+            }
+        };
+        let uart = Arc::new(Uart::default());
+        let shared = VcpuShared::new(bus, uart.clone(), vm.saved_msrs()?)
             .map_err(|error| Error::Create("an event fd", error))?;
         let mut machine = Machine {
             vcpu_threads: None,
@@ -110,12 +164,17 @@ impl Machine {
             files: devices.files,
             vsock: devices.vsock,
             balloon: devices.balloon,
+            vsock_transport: devices.transports[slot_of(&plan, SlotKind::Vsock)].clone(),
             transports: devices.transports,
             epoll,
             sources: Vec::new(),
             stop_reported: false,
-            _vm: vm,
-            _memory: memory,
+            ioapic,
+            plan,
+            pending_save: None,
+            restored,
+            vm,
+            memory,
         };
         machine.register_sources().map_err(Error::EventLoop)?;
         Ok(machine)
@@ -146,8 +205,21 @@ impl Machine {
         lock(&self.balloon).set_target(mib.saturating_mul(PAGES_OF_A_MIB));
     }
 
-    /// Lets the vCPUs run.
+    /// Saves the VM when the guest first calls the host over vsock: it is up then, and nothing of the host is in it yet.
+    /// [`MachineEvent::Saved`] tells the end; the VM goes on in any case.
+    pub fn save_when_ready(&mut self, files: SnapshotFiles) {
+        self.pending_save = Some(files);
+    }
+
+    /// Lets the vCPUs run. From here on the devices of a restored VM work too: in the jail, since they have threads.
     pub fn start(&mut self) -> Result<(), Error> {
+        for (transport, state) in self
+            .transports
+            .iter()
+            .zip(self.restored.take().iter().flatten())
+        {
+            transport.restore(state).map_err(|_| SnapshotError::Shape)?;
+        }
         let vcpus = std::mem::take(&mut self.vcpus);
         let threads = VcpuThreads::start(vcpus, self.shared.clone())
             .map_err(|error| Error::Create("a vCPU thread", error))?;
@@ -192,7 +264,11 @@ impl Machine {
         for event in &ready[..count] {
             let token = usize::try_from(event.data()).unwrap_or(usize::MAX);
             match self.sources.get(token) {
-                Some(Source::Kick { slot, queue }) => self.transports[*slot].process_queue(*queue),
+                Some(Source::Kick { slot, queue }) => {
+                    let (slot, queue) = (*slot, *queue);
+                    events.extend(self.save_if_ready());
+                    self.kicked(slot, queue);
+                }
                 Some(Source::Device { slot }) => self.transports[*slot].process_event(),
                 Some(Source::VcpuStop) | None => self.report_stop(&mut events),
             }
@@ -204,6 +280,53 @@ impl Machine {
                 .map(|port| MachineEvent::StreamClosed { port }),
         );
         Ok(events)
+    }
+
+    /// Until the snapshot is made, the vsock device is left alone: it must not know of the guest's call.
+    fn kicked(&self, slot: usize, queue: usize) {
+        let transport = &self.transports[slot];
+        if self.pending_save.is_some() && Arc::ptr_eq(transport, &self.vsock_transport) {
+            let _ = transport.kicks()[queue].read();
+        } else {
+            transport.process_queue(queue);
+        }
+    }
+
+    fn save_if_ready(&mut self) -> Option<MachineEvent> {
+        if self.pending_save.is_none() || !self.vsock_transport.has_chains(VSOCK_TRANSMIT) {
+            return None;
+        }
+        let files = self.pending_save.take()?;
+        let result = self.save(files).map_err(|error| error.to_string());
+        // The call that was waited for is now to be answered, whichever kick brought us here.
+        for queue in 0..=VSOCK_TRANSMIT {
+            self.vsock_transport.process_queue(queue);
+        }
+        Some(MachineEvent::Saved(result))
+    }
+
+    fn save(&self, mut files: SnapshotFiles) -> Result<(), Error> {
+        let Some(threads) = &self.vcpu_threads else {
+            return Err(SnapshotError::Busy.into());
+        };
+        let saved = threads.pause_and_save().map_err(Error::from);
+        let result = saved.and_then(|mut vcpus| {
+            VcpuState::share_tsc(&mut vcpus);
+            let transports = self.transports.iter().map(|transport| transport.save());
+            let state = MachineState {
+                plan: format!("{:?}", self.plan),
+                vcpus,
+                clock: self.vm.clock()?,
+                ioapic: self.ioapic.save(),
+                transports: transports
+                    .collect::<Result<_, _>>()
+                    .map_err(|_| SnapshotError::Busy)?,
+            };
+            snapshot::write_memory(&self.memory, &files.memory)?;
+            Ok(state.write(&mut files.state)?)
+        });
+        threads.resume();
+        result
     }
 
     fn report_stop(&mut self, events: &mut Vec<MachineEvent>) {
@@ -278,20 +401,51 @@ fn load_guest(memory: &GuestMemory, plan: &VmPlan, config: &VmConfig) -> Result<
     Ok(kernel.entry)
 }
 
-fn create_vcpus(vm: &Vm, plan: &VmPlan, entry: u64) -> Result<Vec<VcpuFd>, Error> {
+/// The guest's memory becomes a private view of a snapshot's memory file.
+fn map_snapshot(memory: &GuestMemory, plan: &VmPlan, file: &File) -> Result<(), Error> {
+    let expected = plan.memory.iter().map(|range| range.size).sum();
+    let found = file.metadata().map_err(SnapshotError::Memory)?.len();
+    if found != expected {
+        return Err(SnapshotError::MemorySize { found, expected }.into());
+    }
+    let mut offset = 0;
+    for range in &plan.memory {
+        memory::map_file(memory, *range, file, offset)
+            .map_err(|error| Error::Memory(error.into()))?;
+        offset += range.size;
+    }
+    Ok(())
+}
+
+fn slot_of(plan: &VmPlan, kind: SlotKind) -> usize {
+    plan.slots
+        .iter()
+        .position(|slot| slot.kind == kind)
+        .expect("each VM has one slot of each kind")
+}
+
+fn create_vcpus(vm: &Vm, plan: &VmPlan, origin: &Origin) -> Result<Vec<VcpuFd>, Error> {
     let mut vcpus = Vec::with_capacity(usize::from(plan.vcpus));
     for index in 0..plan.vcpus {
         let vcpu = vm.create_vcpu(index)?;
         vcpu.set_cpuid2(&cpuid::for_vcpu(vm.cpuid(), index, plan.vcpus))
             .map_err(failed("set the CPUID of a vCPU"))?;
-        registers::set_msrs(&vcpu).map_err(failed("set the MSRs of a vCPU"))?;
-        if index == 0 {
-            registers::set_boot_registers(&vcpu, entry)
-                .map_err(failed("set the registers of the boot CPU"))?;
+        match origin {
+            Origin::Boot { entry } => boot_vcpu(&vcpu, index, *entry)?,
+            Origin::Snapshot(state) => state.vcpus[usize::from(index)].restore(&vcpu)?,
         }
         vcpus.push(vcpu);
     }
     Ok(vcpus)
+}
+
+fn boot_vcpu(vcpu: &VcpuFd, index: u8, entry: u64) -> Result<(), VmError> {
+    registers::set_msrs(vcpu).map_err(failed("set the MSRs of a vCPU"))?;
+    if index == 0 {
+        registers::set_boot_registers(vcpu, entry)
+            .map_err(failed("set the registers of the boot CPU"))?;
+    }
+    Ok(())
 }
 
 /// The virtio devices: those that the machine talks to by their own type, and the transport of each slot.
@@ -338,7 +492,8 @@ fn wire(
     vm: &Vm,
     plan: &VmPlan,
     transports: &[Arc<MmioTransport>],
-) -> Result<(Bus, Arc<Uart>), Error> {
+    ioapic: &Arc<Ioapic>,
+) -> Result<Bus, Error> {
     let mut bus = Bus::default();
     for (slot, transport) in plan.slots.iter().zip(transports) {
         bus.add(slot.address, layout::VIRTIO_SLOT_SIZE, transport.clone());
@@ -347,7 +502,6 @@ fn wire(
             vm.connect_kick(kick, slot.address + QUEUE_NOTIFY_OFFSET, queue)?;
         }
     }
-    let ioapic = Ioapic::new(vm.route_setter());
-    bus.add(layout::IOAPIC, layout::IOAPIC_SIZE, Arc::new(ioapic));
-    Ok((bus, Arc::new(Uart::default())))
+    bus.add(layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone());
+    Ok(bus)
 }

@@ -14,6 +14,8 @@ use crate::arch::layout;
 use crate::bus::Bus;
 use crate::devices::uart::Uart;
 use crate::logging::warn_limited;
+use crate::vcpu_state::VcpuState;
+use crate::vm::VmError;
 
 /// Why a VM does not run any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub(crate) struct VcpuShared {
     pub(crate) uart: Arc<Uart>,
     control: Mutex<Control>,
     changed: Condvar,
+    /// What of a vCPU's MSRs is saved.
+    msrs: Vec<u32>,
     /// Signalled when `stopped` is set.
     pub(crate) stop_event: EventFd,
 }
@@ -40,6 +44,8 @@ struct Control {
     wanted: Wanted,
     /// vCPUs that are not in KVM_RUN.
     parked: usize,
+    /// The registers of vCPUs that were asked to save them, by index.
+    saved: Vec<Option<Result<VcpuState, VmError>>>,
     stopped: Option<StopReason>,
 }
 
@@ -71,13 +77,15 @@ extern "C" fn interrupt_run(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_voi
 }
 
 impl VcpuShared {
-    pub(crate) fn new(bus: Bus, uart: Arc<Uart>) -> std::io::Result<VcpuShared> {
+    pub(crate) fn new(bus: Bus, uart: Arc<Uart>, msrs: Vec<u32>) -> std::io::Result<VcpuShared> {
         Ok(VcpuShared {
             bus,
             uart,
+            msrs,
             control: Mutex::new(Control {
                 wanted: Wanted::Run,
                 parked: 0,
+                saved: Vec::new(),
                 stopped: None,
             }),
             changed: Condvar::new(),
@@ -100,8 +108,11 @@ impl VcpuShared {
     }
 
     /// Waits while a pause is wanted. False: the thread is to end.
-    fn may_run(&self) -> bool {
+    fn may_run(&self, vcpu: &VcpuFd, index: usize) -> bool {
         let mut control = self.lock();
+        if let Some(place) = control.saved.get_mut(index) {
+            *place = Some(VcpuState::save(vcpu, &self.msrs));
+        }
         control.parked += 1;
         self.changed.notify_all();
         while control.wanted == Wanted::Pause {
@@ -185,7 +196,7 @@ impl VcpuThreads {
             let shared = all.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || run(vcpu, &shared))?;
+                .spawn(move || run(vcpu, index, &shared))?;
             all.threads.push(thread);
         }
         Ok(all)
@@ -202,6 +213,15 @@ impl VcpuThreads {
                 .wait(control)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Pauses, and returns the registers of all vCPUs.
+    pub(crate) fn pause_and_save(&self) -> Result<Vec<VcpuState>, VmError> {
+        self.shared.lock().saved = self.threads.iter().map(|_| None).collect();
+        self.pause();
+        let saved = std::mem::take(&mut self.shared.lock().saved);
+        // None: a vCPU that has stopped for good.
+        saved.into_iter().flatten().collect()
     }
 
     pub(crate) fn resume(&self) {
@@ -229,10 +249,10 @@ impl Drop for VcpuThreads {
 }
 
 /// The body of a vCPU thread.
-fn run(mut vcpu: VcpuFd, shared: &VcpuShared) {
+fn run(mut vcpu: VcpuFd, index: usize, shared: &VcpuShared) {
     IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
-    let reason = if shared.may_run() {
-        run_until_stopped(&mut vcpu, shared)
+    let reason = if shared.may_run(&vcpu, index) {
+        run_until_stopped(&mut vcpu, index, shared)
     } else {
         None
     };
@@ -243,7 +263,7 @@ fn run(mut vcpu: VcpuFd, shared: &VcpuShared) {
 }
 
 /// None: the thread was asked to end.
-fn run_until_stopped(vcpu: &mut VcpuFd, shared: &VcpuShared) -> Option<StopReason> {
+fn run_until_stopped(vcpu: &mut VcpuFd, index: usize, shared: &VcpuShared) -> Option<StopReason> {
     loop {
         match vcpu.run() {
             Ok(exit) => {
@@ -254,7 +274,7 @@ fn run_until_stopped(vcpu: &mut VcpuFd, shared: &VcpuShared) -> Option<StopReaso
             // EAGAIN: an application processor that waits for its start-up message.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 vcpu.set_kvm_immediate_exit(0);
-                if !shared.may_run() {
+                if !shared.may_run(vcpu, index) {
                     return None;
                 }
             }

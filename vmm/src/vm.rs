@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -44,6 +44,7 @@ pub(crate) fn failed(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> V
 /// A virtual machine with a split irqchip: local APICs in KVM, the IOAPIC here.
 #[derive(Debug)]
 pub(crate) struct Vm {
+    kvm: Kvm,
     fd: Arc<VmFd>,
     cpuid: CpuId,
 }
@@ -81,6 +82,7 @@ impl Vm {
         };
         fd.enable_cap(&split).map_err(failed("split the irqchip"))?;
         Ok(Vm {
+            kvm,
             fd: Arc::new(fd),
             cpuid,
         })
@@ -89,6 +91,25 @@ impl Vm {
     /// What KVM says a vCPU can do.
     pub(crate) fn cpuid(&self) -> &CpuId {
         &self.cpuid
+    }
+
+    /// The model-specific registers that KVM can save.
+    pub(crate) fn saved_msrs(&self) -> Result<Vec<u32>, VmError> {
+        let list = self.kvm.get_msr_index_list();
+        Ok(list.map_err(failed("list the MSRs"))?.as_slice().to_vec())
+    }
+
+    pub(crate) fn clock(&self) -> Result<kvm_clock_data, VmError> {
+        self.fd.get_clock().map_err(failed("read the clock"))
+    }
+
+    /// The guest's clock goes on where it was.
+    pub(crate) fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), VmError> {
+        let clock = kvm_clock_data {
+            clock: clock.clock,
+            ..Default::default()
+        };
+        self.fd.set_clock(&clock).map_err(failed("set the clock"))
     }
 
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, VmError> {

@@ -15,6 +15,7 @@ use super::order::{Failure, Report, chain};
 use crate::agent_client::AgentClient;
 use crate::channel::{Channel, Error as ChannelError, remaining};
 use crate::control::{self, Reply, Request};
+use crate::templates::Draft;
 use crate::{console, signal_fd, stages};
 
 /// A verb that lets more than this pile up has stopped reading.
@@ -69,6 +70,8 @@ struct Exit(u8);
 #[derive(Debug)]
 pub struct Parts {
     pub machine: Machine,
+    /// The template that the machine is to fill.
+    pub draft: Option<Draft>,
     pub agent: OwnedFd,
     pub container: Container,
     /// What the container wants done before the guest boots.
@@ -85,6 +88,7 @@ pub struct Parts {
 pub struct EventLoop {
     epoll: OwnedFd,
     machine: Machine,
+    draft: Option<Draft>,
     agent: AgentClient<Asked>,
     agent_waits_to_write: bool,
     /// The agent has said something: the guest is up.
@@ -116,6 +120,7 @@ impl EventLoop {
             machine: parts.machine,
             agent: AgentClient::new(parts.agent),
             agent_heard: false,
+            draft: parts.draft,
             agent_waits_to_write: false,
             container: parts.container,
             first: parts.first,
@@ -206,10 +211,26 @@ impl EventLoop {
         for event in events {
             actions.extend(match event {
                 MachineEvent::StreamClosed { port } => self.container.stream_closed(port, now),
+                MachineEvent::Saved(result) => {
+                    self.publish(result);
+                    Vec::new()
+                }
                 MachineEvent::Stopped(reason) => self.container.machine_stopped(&reason, now),
             });
         }
         actions
+    }
+
+    /// Nothing of a container has reached the guest yet: what is published is the kernel and the agent alone. The
+    /// descriptors of the cache are closed before that changes.
+    fn publish(&mut self, saved: Result<(), String>) {
+        let Some(draft) = self.draft.take() else {
+            return;
+        };
+        let published = saved.and_then(|()| draft.publish().map_err(|error| error.to_string()));
+        if let Err(error) = published {
+            log::warn!("template: cannot be made: {error}");
+        }
     }
 
     fn agent_messages(&mut self) -> Vec<Action> {

@@ -18,7 +18,7 @@ use super::order::{Deadlines, Failure, Go, Order, Report, Stage};
 use crate::channel::{self, Channel, wait};
 use crate::cli::Global;
 use crate::signal_fd;
-use crate::stages;
+use crate::{stages, templates};
 
 /// The monitor keeps its own deadlines; this is for one that hangs.
 const GRACE: Duration = Duration::from_secs(30);
@@ -189,7 +189,7 @@ fn command(
     rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("sandbox").env_clear();
-    for variable in [CONSOLE_VARIABLE, stages::VARIABLE] {
+    for variable in [CONSOLE_VARIABLE, stages::VARIABLE, templates::VARIABLE] {
         if let Some(path) = std::env::var_os(variable) {
             command.env(variable, path);
         }

@@ -4,6 +4,8 @@
 
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
+
 use crate::arch::layout::{IOAPIC_PINS, LAPIC};
 use crate::bus::BusDevice;
 
@@ -52,7 +54,34 @@ impl std::fmt::Debug for Ioapic {
     }
 }
 
+/// The registers, for a snapshot.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct IoapicState {
+    selected: u8,
+    id: u32,
+    table: [u64; IOAPIC_PINS as usize],
+}
+
 impl Ioapic {
+    pub(crate) fn save(&self) -> IoapicState {
+        let state = self.lock();
+        IoapicState {
+            selected: state.selected,
+            id: state.id,
+            table: state.table,
+        }
+    }
+
+    /// Takes the registers over and tells KVM the routes.
+    pub(crate) fn restore(&self, saved: &IoapicState) {
+        let mut state = self.lock();
+        state.selected = saved.selected;
+        state.id = saved.id;
+        state.table = saved.table;
+        state.routes = saved.table.map(message);
+        (state.set_routes)(&state.routes);
+    }
+
     pub(crate) fn new(set_routes: SetRoutes) -> Ioapic {
         Ioapic {
             state: Mutex::new(State {

@@ -6,7 +6,7 @@
 //! uninitialized (5.5.6, 5.5.6.5), so either outcome is right when it uses one again: zeroes from anonymous
 //! memory, or from a private file mapping the bytes of the file, whose page cache all sandboxes share.
 
-use virtio_queue::QueueT;
+use virtio_queue::{QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::chain::{self, Reader, Writer};
@@ -223,6 +223,17 @@ impl VirtioDevice for Balloon {
     }
 
     /// The target stays; the balloon is empty.
+    fn queues(&self) -> Option<Vec<QueueState>> {
+        let active = self.active.as_ref()?;
+        Some(
+            active
+                .queues
+                .iter()
+                .map(|queue| queue.queue.state())
+                .collect(),
+        )
+    }
+
     fn reset(&mut self) {
         self.active = None;
         self.config[ACTUAL..].fill(0);

@@ -63,6 +63,11 @@ impl Interrupt {
         self.shared.broken.store(false, Ordering::Release);
     }
 
+    /// The InterruptStatus register of a restored device.
+    pub(crate) fn restore(&self, status: u32) {
+        self.shared.status.store(status, Ordering::Release);
+    }
+
     /// The InterruptStatus register.
     pub(crate) fn status(&self) -> u32 {
         self.shared.status.load(Ordering::Acquire)

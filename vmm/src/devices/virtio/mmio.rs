@@ -3,7 +3,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtio_queue::{Queue, QueueT};
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, ActiveQueue, GuestFault, Interrupt, VirtioDevice};
@@ -82,6 +84,68 @@ struct State {
     queues: Vec<Queue>,
 }
 
+/// A virtqueue, for a snapshot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct SavedQueue {
+    max_size: u16,
+    next_avail: u16,
+    next_used: u16,
+    event_idx_enabled: bool,
+    size: u16,
+    ready: bool,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+}
+
+impl From<QueueState> for SavedQueue {
+    fn from(state: QueueState) -> SavedQueue {
+        SavedQueue {
+            max_size: state.max_size,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_idx_enabled,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+        }
+    }
+}
+
+impl From<&SavedQueue> for QueueState {
+    fn from(saved: &SavedQueue) -> QueueState {
+        QueueState {
+            max_size: saved.max_size,
+            next_avail: saved.next_avail,
+            next_used: saved.next_used,
+            event_idx_enabled: saved.event_idx_enabled,
+            size: saved.size,
+            ready: saved.ready,
+            desc_table: saved.desc_table,
+            avail_ring: saved.avail_ring,
+            used_ring: saved.used_ring,
+        }
+    }
+}
+
+/// The registers of a transport and the queues of its device, for a snapshot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct TransportState {
+    status: u32,
+    accepted: u64,
+    device_features_select: u32,
+    driver_features_select: u32,
+    queue_select: u32,
+    interrupt_status: u32,
+    queues: Vec<SavedQueue>,
+}
+
+/// A saved transport does not fit this device, or the device cannot be saved now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NotNow;
+
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -157,6 +221,75 @@ impl MmioTransport {
                 self.device().device_type()
             );
             self.interrupt.needs_reset();
+        }
+    }
+
+    /// Whether the driver has ever put a chain on queue `index`.
+    pub(crate) fn has_chains(&self, index: usize) -> bool {
+        let state = lock(&self.state);
+        state.queues.get(index).is_some_and(|queue| {
+            // virtio 1.2, 2.7.6: flags, then idx.
+            let idx = GuestAddress(queue.avail_ring() + 2);
+            queue.ready() && self.memory.read_obj::<u16>(idx).unwrap_or(1) != 0
+        })
+    }
+
+    /// The state, while no vCPU runs and the event loop does nothing else.
+    pub(crate) fn save(&self) -> Result<TransportState, NotNow> {
+        let queues: Vec<SavedQueue> = match self.device().queues() {
+            Some(queues) => queues.into_iter().map(SavedQueue::from).collect(),
+            None => {
+                if (0..self.kicks.len()).any(|index| self.has_chains(index)) {
+                    return Err(NotNow);
+                }
+                let state = lock(&self.state);
+                state
+                    .queues
+                    .iter()
+                    .map(|queue| queue.state().into())
+                    .collect()
+            }
+        };
+        let state = lock(&self.state);
+        if self.interrupt.is_broken() {
+            return Err(NotNow);
+        }
+        Ok(TransportState {
+            status: state.status,
+            accepted: state.accepted,
+            device_features_select: state.device_features_select,
+            driver_features_select: state.driver_features_select,
+            queue_select: state.queue_select,
+            interrupt_status: self.interrupt.status(),
+            queues,
+        })
+    }
+
+    /// Takes a saved state over; activates the device if it was active, and lets it look at its queues.
+    pub(crate) fn restore(&self, saved: &TransportState) -> Result<(), NotNow> {
+        let mut state = lock(&self.state);
+        if saved.queues.len() != self.kicks.len() || saved.accepted & !state.offered != 0 {
+            return Err(NotNow);
+        }
+        state.accepted = saved.accepted;
+        state.device_features_select = saved.device_features_select;
+        state.driver_features_select = saved.driver_features_select;
+        state.queue_select = saved.queue_select;
+        state.status = saved.status;
+        for (queue, saved) in state.queues.iter_mut().zip(&saved.queues) {
+            *queue = Queue::try_from(QueueState::from(saved)).map_err(|_| NotNow)?;
+        }
+        self.interrupt.restore(saved.interrupt_status);
+        if saved.status & status::DRIVER_OK != 0 {
+            self.activate(&mut state);
+            for kick in &self.kicks {
+                // A new counter is not at its maximum.
+                let _ = kick.write(1);
+            }
+        }
+        match self.interrupt.is_broken() {
+            true => Err(NotNow),
+            false => Ok(()),
         }
     }
 

@@ -15,7 +15,7 @@ pub(crate) mod vsock;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
@@ -106,6 +106,11 @@ pub(crate) trait VirtioDevice: Send + std::fmt::Debug {
     /// The file descriptor of `event_source` is readable.
     fn process_event(&mut self) -> Result<(), GuestFault> {
         Ok(())
+    }
+
+    /// How far an active device is in its queues, in queue order, for a snapshot. None: it has not looked at them.
+    fn queues(&self) -> Option<Vec<QueueState>> {
+        None
     }
 
     /// Back to the state before `activate`: queues dropped, device threads joined.

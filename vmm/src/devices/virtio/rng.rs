@@ -3,7 +3,7 @@
 
 use std::io;
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::{QueueOwnedT, QueueState, QueueT};
 
 use super::chain::{self, Writer};
 use super::{ActivateError, Activation, ActiveQueue, GuestFault, Interrupt, VirtioDevice};
@@ -150,6 +150,11 @@ impl VirtioDevice for Rng {
             Some(active) if index == REQUEST => active.process(),
             _ => Ok(()),
         }
+    }
+
+    fn queues(&self) -> Option<Vec<QueueState>> {
+        let active = self.active.as_ref()?;
+        Some(vec![active.queue.queue.state()])
     }
 
     fn reset(&mut self) {

@@ -14,7 +14,7 @@ mod tests;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::{QueueOwnedT, QueueState, QueueT};
 
 use super::chain::{self, Reader};
 use super::{ActivateError, Activation, ActiveQueue, GuestFault, Interrupt, VirtioDevice};
@@ -30,7 +30,7 @@ const FEATURE_STREAM: u64 = 1;
 
 /// Virtqueues: virtio 1.2, 5.10.2.
 const RX: usize = 0;
-const TX: usize = 1;
+pub(crate) const TX: usize = 1;
 /// Linux fills its receive queue with 4 KiB buffers: 128 of them are more than the credit of a connection. The
 /// event queue holds 8 buffers.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
@@ -63,6 +63,8 @@ struct Active {
     memory: GuestMemory,
     rx: ActiveQueue,
     tx: ActiveQueue,
+    /// For a guest that was moved; nothing is ever sent there.
+    events: Option<ActiveQueue>,
     interrupt: Interrupt,
 }
 
@@ -247,12 +249,12 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let mut queues = activation.queues.into_iter();
-        // The event queue is for a guest that was moved; nothing is ever sent there.
         if let (Some(rx), Some(tx)) = (queues.next(), queues.next()) {
             self.active = Some(Active {
                 memory: activation.memory,
                 rx,
                 tx,
+                events: queues.next(),
                 interrupt: activation.interrupt,
             });
         }
@@ -273,6 +275,12 @@ impl VirtioDevice for Vsock {
     fn process_event(&mut self) -> Result<(), GuestFault> {
         self.muxer.process_events();
         self.service()
+    }
+
+    fn queues(&self) -> Option<Vec<QueueState>> {
+        let active = self.active.as_ref()?;
+        let all = [&active.rx, &active.tx].into_iter().chain(&active.events);
+        Some(all.map(|queue| queue.queue.state()).collect())
     }
 
     fn reset(&mut self) {
