@@ -5,6 +5,8 @@
 //!
 //! To be entered while the process has one thread.
 
+mod privileges;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -63,6 +65,10 @@ fn write_map(path: &str, content: &str) -> Result<(), Error> {
 /// Moves the process into a root directory of its own, which holds the shares by name, and gives up
 /// what it does not need any more. Returns that directory.
 pub fn enter(shares: &[Share], open_files: Option<u64>) -> Result<OwnedFd, Error> {
+    let mapper = match crate::store::is_host_root() {
+        true => Some(privileges::Mapper::start()?),
+        false => None,
+    };
     let flags = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC;
     step("namespaces", unshare(flags))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -77,6 +83,10 @@ pub fn enter(shares: &[Share], open_files: Option<u64>) -> Result<OwnedFd, Error
     )?;
     change_root(root.as_fd())?;
     limit(open_files)?;
+    if let Some(mapper) = mapper {
+        privileges::drop_to_own_user(mapper)?;
+    }
+    privileges::drop_capabilities()?;
     step("no_new_privs", set_no_new_privs(true))?;
     step(
         "dumpable",
@@ -348,7 +358,25 @@ mod tests {
             share("m0", tree, ShareKind::Directory, true),
             share("m1", directory.join("single"), ShareKind::File, true),
         ];
-        let root = enter(&shares, None).unwrap();
+        // The test runner has threads; a child has one.
+        // SAFETY: the child allocates, which is fine as no other thread of the runner does just now; it never returns.
+        match unsafe { libc::fork() } {
+            0 => {
+                let held = std::panic::catch_unwind(|| check_jail(&shares)).is_ok();
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(i32::from(!held)) }
+            }
+            pid => {
+                let pid = rustix::process::Pid::from_raw(pid);
+                let options = rustix::process::WaitOptions::empty();
+                let (_, status) = rustix::process::waitpid(pid, options).unwrap().unwrap();
+                assert_eq!(status.exit_status(), Some(0));
+            }
+        }
+    }
+
+    fn check_jail(shares: &[Share]) {
+        let root = enter(shares, None).unwrap();
 
         for path in ["/new", "/m0/file", "/m1"] {
             let error = fs::write(path, "x").unwrap_err();
@@ -366,6 +394,26 @@ mod tests {
         assert_eq!(own.st_ino, rustix::fs::stat("/").unwrap().st_ino);
         assert_eq!(getrlimit(Resource::Core).current, Some(0));
         assert!(rustix::thread::no_new_privs().unwrap());
+
+        // Nobody's user, with power over files alone.
+        assert!(rustix::process::getuid().as_raw() > 2_000_000_000);
+        let capabilities = rustix::thread::capabilities(None).unwrap();
+        assert_eq!(capabilities.effective.bits().count_ones(), 7);
+        let init = rustix::process::Pid::INIT;
+        let signal = rustix::process::test_kill_process(init);
+        assert_eq!(signal, Err(Errno::PERM));
+        assert_eq!(unshare(UnshareFlags::NEWNS), Err(Errno::PERM));
+        let mount = mount_change("/", MountPropagationFlags::SHARED);
+        assert_eq!(mount, Err(Errno::PERM));
+        let node = rustix::fs::mknodat(
+            &root,
+            "rootfs/node",
+            FileType::CharacterDevice,
+            Mode::RWXU,
+            rustix::fs::makedev(1, 1),
+        );
+        assert_eq!(node, Err(Errno::PERM));
+        std::os::unix::fs::chown("/rootfs/sub/new", Some(12345), Some(54321)).unwrap();
     }
 
     #[test]

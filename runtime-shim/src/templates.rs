@@ -8,17 +8,20 @@
 use std::fs::{self, DirBuilder, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 
-use rustix::fs::{AtFlags, Mode, OFlags, linkat, openat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 use vmm::SnapshotFiles;
 
 use crate::plan::VmShape;
 
 /// Names another directory, or `off`.
 pub const VARIABLE: &str = "SANDBOX_TEMPLATES";
+
+/// How names of drafts begin.
+const DRAFT: &str = "draft-";
 
 const DIRECTORY: &str = "/var/cache/sandbox/templates";
 
@@ -30,10 +33,12 @@ pub struct Template {
     name: String,
 }
 
-/// The files of a template that is being made, without a name yet.
+/// The files of a template that is being made, under names that nobody looks for. Removed on drop.
 #[derive(Debug)]
 pub struct Draft {
     template: Template,
+    /// Of memory and state.
+    names: [String; 2],
     state: File,
     memory: File,
 }
@@ -104,12 +109,18 @@ impl Template {
 
     /// Begins to make the template.
     pub fn draft(self) -> io::Result<Draft> {
-        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
-        let state = File::from(openat(&self.directory, ".", flags, mode)?);
-        let memory = File::from(openat(&self.directory, ".", flags, mode)?);
+        let process = std::process::id();
+        let [state, memory] = ["state", "memory"].map(|kind| {
+            let name = format!("{DRAFT}{}-{process}.{kind}", self.name);
+            openat(&self.directory, &name, flags, mode).map(|file| (name, File::from(file)))
+        });
+        let (draft_state, state) = state?;
+        let (draft_memory, memory) = memory?;
         Ok(Draft {
             template: self,
+            names: [draft_memory, draft_state],
             state,
             memory,
         })
@@ -125,22 +136,28 @@ impl Draft {
         })
     }
 
-    /// Gives the files their names: the template is there from now on. Another start may have been quicker.
+    /// Gives the files their names: the template is there from now on. Another start may have been quicker; then this
+    /// one takes its place, which does no harm to whoever has it mapped.
     pub fn publish(self) -> io::Result<()> {
         let Template {
             directory,
             boot,
             name,
         } = &self.template;
-        // The state last: it is what `open` asks for first.
-        for (file, kind) in [(&self.memory, "memory"), (&self.state, "state")] {
-            let to = format!("{name}.{kind}");
-            match linkat(file.as_fd(), "", directory, to, AtFlags::EMPTY_PATH) {
-                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-                Err(error) => return Err(error.into()),
-            }
+        // A state and a memory that do not belong together know it; the state comes last all the same.
+        for (from, kind) in self.names.iter().zip(["memory", "state"]) {
+            renameat(directory, from, directory, format!("{name}.{kind}"))?;
         }
         remove_other_boots(directory, boot)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        for name in &self.names {
+            // Renamed, if all went well.
+            let _ = unlinkat(&self.template.directory, name, AtFlags::empty());
+        }
     }
 }
 
@@ -169,7 +186,8 @@ fn remove_other_boots(directory: &OwnedFd, boot: &str) -> io::Result<()> {
     for entry in rustix::fs::Dir::read_from(directory)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy();
-        if name.contains('-') && !name.starts_with(boot) {
+        let of_boot = name.strip_prefix(DRAFT).unwrap_or(&name);
+        if name.contains('-') && !of_boot.starts_with(boot) {
             let _ = unlinkat(directory, entry.file_name(), AtFlags::empty());
         }
     }

@@ -24,7 +24,7 @@ use crate::devices::virtio::vsock::{HostStream, TX as VSOCK_TRANSMIT, Vsock};
 use crate::devices::virtio::{Kicks, VirtioDevice};
 use crate::memory::{self, GuestMemory};
 use crate::plan::{self, SlotKind, VmPlan};
-use crate::snapshot::{self, MachineState, SnapshotError, SnapshotFiles};
+use crate::snapshot::{self, MachineState, MemoryId, SnapshotError, SnapshotFiles};
 use crate::vcpu::{StopReason, VcpuShared, VcpuThreads};
 use crate::vcpu_state::VcpuState;
 use crate::vm::{Vm, VmError, failed};
@@ -129,7 +129,7 @@ impl Machine {
             return Err(SnapshotError::Shape.into());
         }
         let memory = memory::create(&plan.memory).map_err(|error| Error::Memory(error.into()))?;
-        map_snapshot(&memory, &plan, &files.memory)?;
+        map_snapshot(&memory, &plan, &files.memory, &state.memory_id)?;
         Machine::build(config.kvm, plan, memory, Origin::Snapshot(Box::new(state)))
     }
 
@@ -315,6 +315,7 @@ impl Machine {
             let transports = self.transports.iter().map(|transport| transport.save());
             let state = MachineState {
                 plan: format!("{:?}", self.plan),
+                memory_id: snapshot::write_memory(&self.memory, &files.memory)?,
                 vcpus,
                 clock: self.vm.clock()?,
                 ioapic: self.ioapic.save(),
@@ -322,7 +323,6 @@ impl Machine {
                     .collect::<Result<_, _>>()
                     .map_err(|_| SnapshotError::Busy)?,
             };
-            snapshot::write_memory(&self.memory, &files.memory)?;
             Ok(state.write(&mut files.state)?)
         });
         threads.resume();
@@ -402,12 +402,14 @@ fn load_guest(memory: &GuestMemory, plan: &VmPlan, config: &VmConfig) -> Result<
 }
 
 /// The guest's memory becomes a private view of a snapshot's memory file.
-fn map_snapshot(memory: &GuestMemory, plan: &VmPlan, file: &File) -> Result<(), Error> {
-    let expected = plan.memory.iter().map(|range| range.size).sum();
-    let found = file.metadata().map_err(SnapshotError::Memory)?.len();
-    if found != expected {
-        return Err(SnapshotError::MemorySize { found, expected }.into());
-    }
+fn map_snapshot(
+    memory: &GuestMemory,
+    plan: &VmPlan,
+    file: &File,
+    id: &MemoryId,
+) -> Result<(), Error> {
+    let size = plan.memory.iter().map(|range| range.size).sum();
+    snapshot::check_memory(file, size, id)?;
     let mut offset = 0;
     for range in &plan.memory {
         memory::map_file(memory, *range, file, offset)

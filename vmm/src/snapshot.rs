@@ -41,8 +41,8 @@ pub enum SnapshotError {
     Version(u32),
     #[error("snapshot state: damaged")]
     Damaged,
-    #[error("snapshot memory: {found} bytes, expected {expected}")]
-    MemorySize { found: u64, expected: u64 },
+    #[error("snapshot memory: cut short, or of another snapshot")]
+    MemoryFile,
     #[error("snapshot: made for another kind of VM")]
     Shape,
     #[error("snapshot: the guest is already using its files")]
@@ -51,11 +51,16 @@ pub enum SnapshotError {
     Guest,
 }
 
+/// Random, one for each snapshot.
+pub(crate) type MemoryId = [u8; 16];
+
 /// Everything but memory.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct MachineState {
     /// What the VM is: [`crate::plan::VmPlan`] as text. A state fits the same plan only.
     pub(crate) plan: String,
+    /// What stands behind the memory in its file, so that the two cannot be taken for those of different snapshots.
+    pub(crate) memory_id: MemoryId,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) clock: kvm_clock_data,
     pub(crate) ioapic: IoapicState,
@@ -115,15 +120,28 @@ fn word(bytes: &[u8]) -> Result<(u32, &[u8]), SnapshotError> {
 }
 
 /// Writes the pages that are not zero; the others are holes. The regions follow each other in the file.
-pub(crate) fn write_memory(memory: &GuestMemory, file: &File) -> Result<(), SnapshotError> {
+pub(crate) fn write_memory(memory: &GuestMemory, file: &File) -> Result<MemoryId, SnapshotError> {
+    let mut id = MemoryId::default();
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| SnapshotError::Memory(error.into()))?;
     let size = memory.iter().map(GuestMemoryRegion::len).sum();
-    file.set_len(size).map_err(SnapshotError::Memory)?;
+    file.write_all_at(&id, size)
+        .map_err(SnapshotError::Memory)?;
     let mut start = 0;
     for region in memory.iter() {
         write_region(region, file, start)?;
         start += region.len();
     }
-    Ok(())
+    Ok(id)
+}
+
+/// Whether `file` holds the `size` bytes of memory that were saved with `id`.
+pub(crate) fn check_memory(file: &File, size: u64, id: &MemoryId) -> Result<(), SnapshotError> {
+    let mut found = MemoryId::default();
+    match file.read_exact_at(&mut found, size) {
+        Ok(()) if found == *id => Ok(()),
+        _ => Err(SnapshotError::MemoryFile),
+    }
 }
 
 fn write_region(
@@ -180,6 +198,7 @@ mod tests {
     fn state() -> MachineState {
         MachineState {
             plan: "plan".into(),
+            memory_id: MemoryId::default(),
             vcpus: Vec::new(),
             clock: kvm_clock_data::default(),
             ioapic: IoapicState::default(),
@@ -224,12 +243,14 @@ mod tests {
             .write_slice(b"high", GuestAddress((1 << 30) + 0x7000))
             .unwrap();
         let file = scratch();
-        write_memory(&memory, &file).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 2 << 20);
+        let id = write_memory(&memory, &file).unwrap();
+        check_memory(&file, 2 << 20, &id).unwrap();
+        assert!(check_memory(&file, 1 << 20, &id).is_err());
+        assert!(check_memory(&file, 2 << 20, &MemoryId::default()).is_err());
         let mut word = [0; 4];
         file.read_exact_at(&mut word, (1 << 20) + 0x7000).unwrap();
         assert_eq!(&word, b"high");
         use std::os::unix::fs::MetadataExt;
-        assert!(file.metadata().unwrap().blocks() * 512 <= 4 * PAGE);
+        assert!(file.metadata().unwrap().blocks() * 512 <= 5 * PAGE);
     }
 }
