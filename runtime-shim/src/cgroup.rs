@@ -257,13 +257,17 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
+    /// The directories that [`Cgroup::create`] will make or find.
+    pub fn planned(hierarchies: &Hierarchies, location: &CgroupLocation) -> Vec<PathBuf> {
+        hierarchies.directories(location, !crate::store::is_host_root())
+    }
+
     pub fn create(
         hierarchies: &Hierarchies,
         location: &CgroupLocation,
     ) -> Result<Cgroup, CgroupError> {
-        let user = !crate::store::is_host_root();
         let mut cgroup = Cgroup {
-            directories: hierarchies.directories(location, user),
+            directories: Self::planned(hierarchies, location),
             made: Vec::new(),
         };
         for (directory, hierarchy) in cgroup.directories.iter().zip(&hierarchies.0) {

@@ -3,6 +3,7 @@
 //! for events with a deadline. `RUNTIME` in the environment names another runtime to run the same tests against.
 
 pub mod bundle;
+pub mod inventory;
 pub mod runtime;
 
 pub use bundle::{Bundle, BundleBuilder};

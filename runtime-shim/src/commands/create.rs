@@ -88,16 +88,21 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     let container = wanted.store.claim(wanted.id)?;
     container.save_config(&bundle.config)?;
     let mut state = initial_state(&bundle, wanted.id, &plan)?;
+    let hierarchies = hierarchies(&plan.host)?;
+    // Before they are made: so `delete` finds them even if this process is killed meanwhile.
+    let planned = |found: &Hierarchies| Cgroup::planned(found, &plan.host.cgroup);
+    state.cgroups = hierarchies.as_ref().map(planned).unwrap_or_default();
     container.save(&state)?;
     mount_points::make(&bundle.rootfs, &plan.host.mount_points)?;
-    let cgroup = make_cgroup(&plan.host)?;
+    let cgroup = make_cgroup(hierarchies.as_ref(), &plan.host)?;
     let terminal = open_terminal(wanted, &plan)?;
     let mut monitor = Monitor::spawn(wanted.id, terminal.is_none(), wanted.global)?;
     // It waits for its order; later it may have ended already.
     let process = Identity::of(monitor.pid()).ok_or(Error::NoIdentity)?;
     if let Some(cgroup) = &cgroup {
         cgroup.add(monitor.pid())?;
-        state.cgroups = cgroup.paths().to_vec();
+    } else {
+        state.cgroups.clear();
     }
     give_order(
         &mut monitor,
@@ -198,11 +203,21 @@ fn initial_state(bundle: &Bundle, id: &str, plan: &Plan) -> Result<State, Error>
     })
 }
 
-fn make_cgroup(host: &HostPlan) -> Result<Option<Cgroup>, Error> {
+fn hierarchies(host: &HostPlan) -> Result<Option<Hierarchies>, Error> {
     if host.cgroup == CgroupLocation::Unchanged {
         return Ok(None);
     }
-    let cgroup = match Cgroup::create(&Hierarchies::detect()?, &host.cgroup) {
+    Ok(Some(Hierarchies::detect()?))
+}
+
+fn make_cgroup(
+    hierarchies: Option<&Hierarchies>,
+    host: &HostPlan,
+) -> Result<Option<Cgroup>, Error> {
+    let Some(hierarchies) = hierarchies else {
+        return Ok(None);
+    };
+    let cgroup = match Cgroup::create(hierarchies, &host.cgroup) {
         Ok(cgroup) => cgroup,
         // As in runc: a user who has no cgroup to give runs without, if nothing depends on it.
         Err(error)
