@@ -216,12 +216,12 @@ fn a_terminal_needs_somebody_to_hold_it() {
     for verb in [&["create"][..], &["run", "--detach"]] {
         let outcome = runtime.call(&[verb, &["-b", path, "x"]].concat());
         let line = outcome.refusal();
-        assert!(line.contains("--console-socket"), "{line}");
+        assert!(line.contains("socket"), "{line}");
     }
     let plain = Bundle::script("true").build();
     let path = plain.path().to_str().unwrap();
     let outcome = runtime.call(&["create", "-b", path, "--console-socket", "/nosuch", "x"]);
-    assert!(outcome.refusal().contains("--console-socket"));
+    assert!(outcome.refusal().contains("socket"));
     assert_eq!(std::fs::read_dir(runtime.root()).unwrap().count(), 0);
 }
 
