@@ -120,7 +120,11 @@ pub enum Failure {
     Refused(AgentError),
 }
 
-/// The end of the guest's console on the same line.
+/// The most lines of a console that are shown.
+const SHOWN: usize = 12;
+
+/// The end of the guest's console on the same line, or what begins with a panic: its reason comes first
+/// and a long trace after it.
 fn tail(console: &str) -> String {
     let lines = console
         .lines()
@@ -128,10 +132,13 @@ fn tail(console: &str) -> String {
         .filter(|line| !line.is_empty());
     let lines: Vec<_> = lines.collect();
     match lines.as_slice() {
-        [] => ": the guest's console is empty".to_owned(),
+        [] => ": the guest's console is empty (`sandbox check` tells whether KVM runs guests)"
+            .to_owned(),
         lines => {
-            let last = lines[lines.len().saturating_sub(12)..].join(" | ");
-            format!(": the guest's console ends with: {last}")
+            let panic = lines.iter().position(|line| line.contains("Kernel panic"));
+            let first = panic.unwrap_or(lines.len().saturating_sub(SHOWN));
+            let shown: Vec<_> = lines.iter().skip(first).take(SHOWN).copied().collect();
+            format!(": the guest's console ends with: {}", shown.join(" | "))
         }
     }
 }
@@ -163,6 +170,13 @@ mod tests {
             "guest kernel stopped while booting: the guest's console ends with: \
              Linux version 6 | panic: no init"
         );
+        let trace: String = (0..20).map(|number| format!("call {number}\n")).collect();
+        let shown = tail(&format!("early\n[1.0] Kernel panic - no init\n{trace}"));
+        assert!(
+            shown.contains(": [1.0] Kernel panic - no init | call 0 |"),
+            "{shown}"
+        );
+        assert!(shown.ends_with("call 10"), "{shown}");
         let failure = Failure::Host {
             stage: Stage::Jail,
             message: "/x: open: no such file".into(),

@@ -152,10 +152,8 @@ fn words(actions: &[Action]) -> Vec<String> {
         Action::Hangup { verb } => format!("hang up {verb}"),
         Action::Report(Report::Failed(failure)) => {
             let text = failure.to_string();
-            let text = text
-                .strip_suffix(": the guest's console is empty")
-                .unwrap_or(&text);
-            format!("failed: {text}")
+            let message = text.split(": the guest's console is empty").next();
+            format!("failed: {}", message.unwrap_or_default())
         }
         Action::Report(report) => format!("report {report:?}"),
         Action::Exit(status) => format!("exit {status}"),
