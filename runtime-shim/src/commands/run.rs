@@ -117,8 +117,13 @@ fn attend(
             relay.advance(&ready)?;
         }
     }
+    // The terminal is itself again before anything is written to it.
     drop(relay);
-    monitor.wait().map_err(Error::WaitForMonitor)
+    let status = monitor.wait().map_err(Error::WaitForMonitor)?;
+    if let Some(failure) = monitor.failure() {
+        log::error!("{failure}");
+    }
+    Ok(status)
 }
 
 /// What is left of the container, unless somebody else has deleted it.

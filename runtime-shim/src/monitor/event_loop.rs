@@ -371,12 +371,7 @@ impl EventLoop {
                     Report::Started => stages::mark("exec"),
                     _ => {}
                 }
-                let started = matches!(report, Report::Started);
                 self.report(report);
-                if started {
-                    // The creating verb has heard all it waits for: what fails from here on goes to the log.
-                    self.creator = None;
-                }
             }
             Action::Exit(status) => return Err(Exit(status)),
         }

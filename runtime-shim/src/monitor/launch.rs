@@ -155,6 +155,18 @@ impl Monitor {
         self.child.wait()
     }
 
+    /// Why it has ended, if not because the container has. To be asked after its end.
+    pub fn failure(&mut self) -> Option<Failure> {
+        loop {
+            match self.channel.next() {
+                Ok(Some(Report::Failed(failure))) => return Some(failure),
+                Ok(Some(_)) => {}
+                Ok(None) if matches!(self.channel.fill(), Ok(true)) => {}
+                _ => return None,
+            }
+        }
+    }
+
     /// Sends any signal on to the container, by way of the monitor.
     pub fn forward(&self, signal: i32) {
         // SAFETY: kill(2) takes numbers only. The pid is that of a child that has not been waited
