@@ -3,6 +3,7 @@
 #
 #   make run [BUNDLE=dir]   run a container in a microVM; everything needed is set up first
 #   make test               set up and run all tests
+#   make fuzz TIME=60     fuzz each parser of guest and bundle bytes for so many seconds
 #   make bench              compare runtimes
 #   make host CMD='…'       run a command on a host with working KVM (RESULTS=dir comes back)
 #   make build              binaries and guest files only, under target/
@@ -10,8 +11,9 @@
 
 PREFIX ?= /usr/local
 BUNDLE ?=
+TIME ?= 60
 
-.PHONY: build run test bench host install clean
+.PHONY: build run test fuzz bench host install clean
 
 build:
 	@tests/build.sh
@@ -21,6 +23,9 @@ run: build
 
 test:
 	@tests/run-tests.sh
+
+fuzz:
+	@tests/fuzz/run.sh $(TIME)
 
 bench: build
 	@tests/bench/run.sh

@@ -7,6 +7,8 @@ mod boot;
 mod bus;
 mod config;
 mod devices;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod logging;
 mod machine;
 mod memory;

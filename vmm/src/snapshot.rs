@@ -79,13 +79,20 @@ fn crc32(bytes: &[u8]) -> u32 {
 impl MachineState {
     pub(crate) fn write(&self, file: &mut File) -> Result<(), SnapshotError> {
         let body = postcard::to_stdvec(self).map_err(|_| SnapshotError::Damaged)?;
-        let length = u32::try_from(body.len()).map_err(|_| SnapshotError::Damaged)?;
+        file.write_all(&MachineState::envelope(&body))
+            .map_err(SnapshotError::State)
+    }
+
+    /// `body` with the header that `decode` checks.
+    pub(crate) fn envelope(body: &[u8]) -> Vec<u8> {
+        // A body that is too long for its field is refused when it is read.
+        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
         let mut bytes = MAGIC.to_vec();
         bytes.extend(VERSION.to_le_bytes());
         bytes.extend(length.to_le_bytes());
-        bytes.extend(crc32(&body).to_le_bytes());
+        bytes.extend(crc32(body).to_le_bytes());
         bytes.extend(body);
-        file.write_all(&bytes).map_err(SnapshotError::State)
+        bytes
     }
 
     pub(crate) fn read(file: &mut File) -> Result<MachineState, SnapshotError> {
@@ -96,7 +103,7 @@ impl MachineState {
         MachineState::decode(&bytes)
     }
 
-    fn decode(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
         let rest = bytes.strip_prefix(MAGIC).ok_or(SnapshotError::Foreign)?;
         let (version, rest) = word(rest)?;
         if version != VERSION {

@@ -8,7 +8,7 @@ pub(crate) mod fs;
 pub(crate) mod interrupt;
 pub(crate) mod mmio;
 pub(crate) mod rng;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod test_support;
 pub(crate) mod vsock;
 

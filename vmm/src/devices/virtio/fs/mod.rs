@@ -8,6 +8,8 @@ mod abi;
 mod credentials;
 mod directory;
 mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handles;
 mod inert;
 mod inodes;
@@ -16,7 +18,7 @@ mod passthrough;
 mod request;
 mod self_fd;
 mod server;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod test_support;
 #[cfg(test)]
 mod tests;
