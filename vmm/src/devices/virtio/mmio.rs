@@ -201,25 +201,26 @@ impl MmioTransport {
     pub(crate) fn process_queue(&self, index: usize) {
         // Draining first: a kick that comes while the queue is worked on is not lost.
         let _ = self.kicks[index].read();
+        let mut device = self.device();
         if !self.interrupt.is_broken() {
-            let result = self.device().process_queue(index);
-            self.settle(result);
+            let result = device.process_queue(index);
+            self.settle(&*device, result);
         }
     }
 
     /// The device's own event source is readable.
     pub(crate) fn process_event(&self) {
-        let result = self.device().process_event();
-        self.settle(result);
+        let mut device = self.device();
+        let result = device.process_event();
+        self.settle(&*device, result);
     }
 
-    /// Turns what the guest did wrong into NEEDS_RESET and one line of log.
-    pub(crate) fn settle(&self, result: Result<(), GuestFault>) {
+    /// Turns what the guest did wrong into NEEDS_RESET and one line of log. The device is still locked: a reset that a
+    /// vCPU does at the same time comes before or after, and is not followed by a fault of what was before.
+    fn settle(&self, device: &dyn VirtioDevice, result: Result<(), GuestFault>) {
         if let Err(fault) = result {
-            warn_limited!(
-                "virtio device {} needs reset: {fault}",
-                self.device().device_type()
-            );
+            let device = device.device_type();
+            warn_limited!("virtio device {device} needs reset: {fault}");
             self.interrupt.needs_reset();
         }
     }
@@ -395,8 +396,9 @@ impl MmioTransport {
     }
 
     fn reset(&self, state: &mut State) {
+        let mut device = self.device();
         if state.status & status::DRIVER_OK != 0 {
-            self.device().reset();
+            device.reset();
         }
         let sizes: Vec<u16> = state.queues.iter().map(Queue::max_size).collect();
         *state = State::new(state.offered, &sizes);
