@@ -23,6 +23,9 @@ use crate::channel::{self, Channel};
 /// Name of the socket in the container's state directory.
 pub const SOCKET: &str = "control";
 
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 64;
+
 /// How long a verb waits for the monitor itself. What the guest needs comes on top.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -154,6 +157,12 @@ impl Client {
         }
     }
 
+    /// The pid of the monitor, or of the creating verb as long as that holds the socket alone. The kernel vouches for it.
+    pub fn monitor(&self) -> Option<i32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.channel).ok()?;
+        Some(peer.pid.as_raw_nonzero().get())
+    }
+
     /// A reply that has arrived already, for callers with a loop of their own. Call it when the
     /// connection is readable.
     pub fn poll(&mut self) -> Result<Option<Reply>, Error> {
@@ -178,10 +187,16 @@ pub fn listener(directory: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
         // The socket file gets the mode of the socket.
         rustix::fs::fchmod(&socket, rustix::fs::Mode::RWXU)?;
         bind(&socket, &address(directory)?)?;
-        listen(&socket, 64)?;
+        listen(&socket, BACKLOG)?;
         Ok(socket)
     };
     make().map_err(Error::Listen)
+}
+
+/// Makes this process the one that connections are to, as [`Client::monitor`] tells it: the kernel takes that from the
+/// last listen(2), and the first was the creating verb's.
+pub fn take_over(listener: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(listen(listener, BACKLOG)?)
 }
 
 /// The next connection that waits, if its other side may be here: root or `owner`.

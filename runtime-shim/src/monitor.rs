@@ -11,7 +11,7 @@ mod wording;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use agent_protocol::CONTROL_PORT;
@@ -22,7 +22,7 @@ use vmm::{HostStream, Machine, VmConfig};
 use crate::channel::Channel;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{sandbox, signal_fd, stages, stdio};
+use crate::{control, sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -96,6 +96,7 @@ fn set_up(
     let owner = rustix::process::geteuid().as_raw();
     let setup = at(Stage::Setup);
     let files = Files::sort(files).map_err(&setup)?;
+    control::take_over(files.listener.as_fd()).map_err(&setup)?;
     leave_caller(order.oom_score_adj).map_err(&setup)?;
     let signals = signal_fd::take().map_err(&setup)?;
     let terminal = files.terminal;

@@ -57,6 +57,8 @@ pub enum StoreError {
         file: String,
         source: io::Error,
     },
+    #[error("container {0:?}: state.json is not a regular file, `delete --force` removes it")]
+    NotAFile(String),
     #[error("container {0:?}: state.json is empty or cut off, `delete --force` removes it")]
     Truncated(String),
     #[error("container {id:?}: state.json is damaged, `delete --force` removes it")]
@@ -64,12 +66,28 @@ pub enum StoreError {
         id: String,
         source: serde_json::Error,
     },
-    #[error("container {id:?}: state.json has version {found}, this program knows up to {VERSION}")]
+    #[error(
+        "container {id:?}: state.json has version {found}, this program knows up to {VERSION}; \
+         `delete --force` removes it"
+    )]
     Newer { id: String, found: u64 },
-    #[error("container {id:?}: state.json belongs to container {found:?}")]
+    #[error(
+        "container {id:?}: state.json belongs to container {found:?}, `delete --force` removes it"
+    )]
     Foreign { id: String, found: String },
     #[error("container {id:?}: {file} is a mount point, unmount it first")]
     MountInside { id: String, file: String },
+}
+
+impl StoreError {
+    /// The container's directory is there, but what its state file says means nothing.
+    pub fn is_unreadable(&self) -> bool {
+        use StoreError::{Damaged, Foreign, Newer, NoState, NotAFile, Truncated};
+        matches!(
+            self,
+            NoState | NotAFile(_) | Truncated(_) | Damaged { .. } | Newer { .. } | Foreign { .. }
+        )
+    }
 }
 
 /// What is known of a container, as written at its last change.
@@ -580,13 +598,15 @@ fn read(directory: &OwnedFd, id: &str, name: &'static str) -> Result<Vec<u8>, St
     )
     .map_err(|error| match error {
         Errno::NOENT if name == STATE_FILE => StoreError::NoState,
+        Errno::LOOP | Errno::NXIO if name == STATE_FILE => StoreError::NotAFile(id.to_owned()),
         error => fail(error.into()),
     })?;
+    let file = File::from(file);
+    if name == STATE_FILE && !file.metadata().map_err(fail)?.is_file() {
+        return Err(StoreError::NotAFile(id.to_owned()));
+    }
     let mut text = Vec::new();
-    File::from(file)
-        .take(MAX_STATE)
-        .read_to_end(&mut text)
-        .map_err(fail)?;
+    file.take(MAX_STATE).read_to_end(&mut text).map_err(fail)?;
     Ok(text)
 }
 

@@ -1,34 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `delete`: removes what is left of a container. It needs nothing but the state directory.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::create::oci_state;
 use super::start::host_hooks;
 use super::{Error, chain, live};
-use crate::cgroup::Cgroup;
-use crate::cli::Delete;
+use crate::bundle::parse_spec;
+use crate::cgroup::{Cgroup, Hierarchies};
+use crate::cli::{Delete, Global};
 use crate::hooks::{self, Environment};
+use crate::plan::cgroup_location;
 use crate::status::Status;
 use crate::store::{Locked, State, Store, StoreError};
 
 /// For the last processes of a cgroup to be gone.
 const CGROUP: Duration = Duration::from_secs(10);
 
-pub fn run(store: &Store, arguments: &Delete) -> Result<u8, Error> {
+pub fn run(store: &Store, global: &Global, arguments: &Delete) -> Result<u8, Error> {
     if arguments.regex {
         return Err(Error::Unsupported("delete --regex"));
     }
     match store.load(&arguments.id) {
         Ok(state) => end(store, &state, arguments.force)?,
         Err(StoreError::NotFound) if arguments.force => return Ok(0),
+        Err(error) if arguments.force && error.is_unreadable() => {
+            live::end_unknown(store, &arguments.id)?;
+        }
         // Left behind by a create that was killed: nothing of it is alive.
         Err(StoreError::NoState) => {}
-        Err(StoreError::Truncated(_) | StoreError::Damaged { .. }) if arguments.force => {}
         Err(error) => return Err(error.into()),
     }
     match store.lock(&arguments.id) {
-        Ok(container) => destroy(store, container)?,
+        Ok(container) => destroy(store, global, container)?,
         Err(StoreError::NotFound) if arguments.force => {}
         Err(error) => return Err(error.into()),
     }
@@ -44,15 +49,18 @@ fn end(store: &Store, state: &State, force: bool) -> Result<(), Error> {
     if status == Status::Stopped {
         return Ok(());
     }
-    live::end(store, state)
+    live::end(store, &state.id, state.process)
 }
 
 /// Removes a container that has ended: cgroup, hooks, state. The state goes last, so that what fails
 /// can be tried again.
-pub fn destroy(store: &Store, container: Locked) -> Result<(), Error> {
+pub fn destroy(store: &Store, global: &Global, container: Locked) -> Result<(), Error> {
     let state = match container.load() {
         Ok(state) => state,
-        Err(StoreError::NoState | StoreError::Truncated(_) | StoreError::Damaged { .. }) => {
+        // Saved before its cgroup was made.
+        Err(StoreError::NoState) => return Ok(container.remove()?),
+        Err(error) if error.is_unreadable() => {
+            remove_cgroups(configured_cgroups(store, global, container.id()))?;
             return Ok(container.remove()?);
         }
         Err(error) => return Err(error.into()),
@@ -63,13 +71,31 @@ pub fn destroy(store: &Store, container: Locked) -> Result<(), Error> {
         status.can_delete(&state.id)?;
         return Err(Error::StillThere(state.process.pid));
     }
-    if !state.cgroups.is_empty() {
-        let cgroup = Cgroup::open(state.cgroups.clone());
-        cgroup.kill(Instant::now() + CGROUP)?;
-        cgroup.delete(Instant::now() + CGROUP)?;
-    }
+    remove_cgroups(state.cgroups.clone())?;
     poststop(store, &state);
     Ok(container.remove()?)
+}
+
+fn remove_cgroups(directories: Vec<PathBuf>) -> Result<(), Error> {
+    if directories.is_empty() {
+        return Ok(());
+    }
+    let cgroup = Cgroup::open(directories);
+    cgroup.kill(Instant::now() + CGROUP)?;
+    Ok(cgroup.delete(Instant::now() + CGROUP)?)
+}
+
+/// Where `create` has put the container, worked out again from its configuration. Nothing, if that cannot be read either.
+fn configured_cgroups(store: &Store, global: &Global, id: &str) -> Vec<PathBuf> {
+    let directories = || -> Option<Vec<PathBuf>> {
+        let config = store.config(id).ok()?;
+        let spec = parse_spec(&store.directory(id).join("config.json"), &config).ok()?;
+        let linux = spec.linux().as_ref();
+        let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
+        let location = cgroup_location(path, id, global.cgroup_manager()).ok()?;
+        Some(Cgroup::planned(&Hierarchies::detect().ok()?, &location))
+    };
+    directories().unwrap_or_default()
 }
 
 /// All of them, and whatever becomes of them the container is gone.

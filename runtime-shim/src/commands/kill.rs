@@ -18,7 +18,13 @@ pub fn run(store: &Store, arguments: &Kill) -> Result<u8, Error> {
     status.can_kill()?;
     // Signal 0 asks whether there is something to signal, which has just been found out.
     if arguments.signal != 0 {
-        live::signal(store, &state, arguments.signal, arguments.all)?;
+        live::signal(
+            store,
+            &state.id,
+            state.process,
+            arguments.signal,
+            arguments.all,
+        )?;
     }
     Ok(0)
 }

@@ -4,16 +4,18 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::Error;
-use crate::channel;
+use crate::channel::{self, poll_until};
 use crate::control::{self, Client, PATIENCE, Request};
+use crate::identity::Identity;
 use crate::monitor::launch::wait_for_end;
 use crate::monitor::order::Deadlines;
 use crate::status::StatusError;
-use crate::store::{State, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 /// How long a monitor that was killed may take to be gone.
 const END: Duration = Duration::from_secs(10);
@@ -36,7 +38,13 @@ pub fn connect(store: &Store, id: &str) -> Result<Client, Error> {
 }
 
 /// Sends a signal to the init process, or to all processes.
-pub fn signal(store: &Store, state: &State, signal: i32, all: bool) -> Result<(), Error> {
+pub fn signal(
+    store: &Store,
+    id: &str,
+    process: Identity,
+    signal: i32,
+    all: bool,
+) -> Result<(), Error> {
     let kill = signal == libc::SIGKILL;
     let deadline = if kill {
         Some(Instant::now() + KILL)
@@ -44,20 +52,16 @@ pub fn signal(store: &Store, state: &State, signal: i32, all: bool) -> Result<()
         guest_deadline()
     };
     let request = Request::Signal { signal, all };
-    let sent =
-        connect(store, &state.id).and_then(|mut client| Ok(client.command(&request, deadline)?));
+    let sent = connect(store, id).and_then(|mut client| Ok(client.command(&request, deadline)?));
     match sent {
         Err(Error::Control(error)) if !is_refusal(&error) => {
-            let Some(monitor) = state.process.open() else {
+            let Some(monitor) = process.open() else {
                 return Err(StatusError::NotRunning.into());
             };
             if !kill {
                 return Err(error.into());
             }
-            log::warn!(
-                "container {}: its monitor does not answer and is killed",
-                state.id
-            );
+            log::warn!("container {id}: its monitor does not answer and is killed");
             send_kill(&monitor)
         }
         result => result,
@@ -77,27 +81,45 @@ fn send_kill(monitor: &OwnedFd) -> Result<(), Error> {
 
 /// Kills a container and waits until its monitor is gone. The guest gets the chance to write back
 /// file data; whether it takes it or not, the end comes.
-pub fn end(store: &Store, state: &State) -> Result<(), Error> {
-    let Some(monitor) = state.process.open() else {
+pub fn end(store: &Store, id: &str, process: Identity) -> Result<(), Error> {
+    let Some(monitor) = process.open() else {
         return Ok(());
     };
-    if let Err(error) = signal(store, state, libc::SIGKILL, true) {
-        log::debug!("container {}: kill: {error}", state.id);
+    if let Err(error) = signal(store, id, process, libc::SIGKILL, true) {
+        log::debug!("container {id}: kill: {error}");
         send_kill(&monitor)?;
     }
     if gone(&monitor, END)? {
         return Ok(());
     }
-    log::warn!(
-        "container {}: its monitor does not end and is killed",
-        state.id
-    );
+    log::warn!("container {id}: its monitor does not end and is killed");
     send_kill(&monitor)?;
     if gone(&monitor, END)? {
         Ok(())
     } else {
-        Err(Error::StillThere(state.process.pid))
+        Err(Error::StillThere(process.pid))
     }
+}
+
+/// The same for a container whose state does not tell who its monitor is: it is who holds the other end of the control
+/// socket.
+pub fn end_unknown(store: &Store, id: &str) -> Result<(), Error> {
+    let Ok(client) = connect(store, id) else {
+        return Ok(());
+    };
+    let Some(process) = client.monitor().and_then(Identity::of) else {
+        return Ok(());
+    };
+    // The kernel told the pid of the one who listens. If the connection still stands, that has been so all the time.
+    if poll_until(
+        &mut [PollFd::new(&client, PollFlags::RDHUP)],
+        Some(Instant::now()),
+    )
+    .is_ok()
+    {
+        return Ok(());
+    }
+    end(store, id, process)
 }
 
 fn gone(monitor: &OwnedFd, within: Duration) -> Result<bool, Error> {

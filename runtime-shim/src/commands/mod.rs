@@ -143,7 +143,7 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Start(arguments) => start::run(&store, &arguments.id),
         Command::Exec(arguments) => exec::run(&store, arguments),
         Command::Kill(arguments) => kill::run(&store, arguments),
-        Command::Delete(arguments) => delete::run(&store, arguments),
+        Command::Delete(arguments) => delete::run(&store, &cli.global, arguments),
         Command::State(arguments) => state::run(&store, &arguments.id),
         Command::List(arguments) => list::run(&store, arguments),
         Command::Ps(arguments) => ps::run(&store, arguments),

@@ -12,6 +12,10 @@ pub fn run(store: &Store, id: &str) -> Result<u8, Error> {
     state.status().can_resume()?;
     live::connect(store, id)?.command(&Request::Resume, live::guest_deadline())?;
     state.status = Status::Running;
-    container.save(&state)?;
+    if let Err(error) = container.save(&state) {
+        // Undone, so that the state tells the truth.
+        live::connect(store, id)?.command(&Request::Pause, live::guest_deadline())?;
+        return Err(error.into());
+    }
     Ok(0)
 }

@@ -61,7 +61,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
     let deleted = if arguments.keep && ended.is_ok() {
         Ok(())
     } else {
-        delete_ended(store, &id)
+        delete_ended(store, global, &id)
     };
     stages::mark("delete");
     let status = ended?;
@@ -127,9 +127,9 @@ fn attend(
 }
 
 /// What is left of the container, unless somebody else has deleted it.
-fn delete_ended(store: &Store, id: &str) -> Result<(), Error> {
+fn delete_ended(store: &Store, global: &Global, id: &str) -> Result<(), Error> {
     match store.lock(id) {
-        Ok(container) => delete::destroy(store, container),
+        Ok(container) => delete::destroy(store, global, container),
         Err(StoreError::NotFound) => Ok(()),
         Err(error) => Err(error.into()),
     }

@@ -20,9 +20,10 @@ pub fn run(store: &Store, id: &str) -> Result<u8, Error> {
     // Without a deadline here: a hook in the guest may have none, and the monitor has one otherwise.
     live::connect(store, id)?.command(&Request::Start, None)?;
     state.status = Status::Running;
-    container.save(&state)?;
-    if let Err(error) = poststart(&state, &hooks.poststart) {
-        live::end(store, &state)?;
+    // What runs without anybody knowing, or against a hook, is not to run.
+    let saved = container.save(&state).map_err(Error::from);
+    if let Err(error) = saved.and_then(|()| poststart(&state, &hooks.poststart)) {
+        live::end(store, id, state.process)?;
         return Err(error);
     }
     Ok(0)

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::Bundle;
 use crate::cli::CgroupManager;
 
-pub use host::hooks;
+pub use host::{cgroup as cgroup_location, hooks};
 pub use mounts::{OPTIONS as MOUNT_OPTIONS, Source as MountSource, is_bind};
 pub use process::{capability, capability_names};
 pub use resources::{io_weight, weight_of_shares};
