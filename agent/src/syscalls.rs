@@ -396,8 +396,29 @@ pub(crate) fn attach_device_program(
     .map(drop)
 }
 
+/// How long connect(2) waits for the host, in seconds: Linux gives a busy host only two.
+const CONNECT_TIMEOUT: libc::time_t = 60;
+
 /// connect(2) of a vsock socket to a port of the host.
 pub(crate) fn connect_to_host(socket: BorrowedFd<'_>, port: u32) -> Result<()> {
+    const AF_VSOCK: libc::c_int = 40;
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+    let timeout = libc::timeval {
+        tv_sec: CONNECT_TIMEOUT,
+        tv_usec: 0,
+    };
+    let length = libc::socklen_t::try_from(size_of_val(&timeout)).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the value outlives the call and its size is passed.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const timeout).cast::<libc::c_void>(),
+            length,
+        )
+    };
+    check(result.into())?;
     // SAFETY: sockaddr_vm is a plain structure of integers.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = 40; // AF_VSOCK
