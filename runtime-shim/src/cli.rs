@@ -734,11 +734,10 @@ impl Cli {
     /// Parses the arguments of the process, program name first.
     pub fn from_arguments(arguments: Vec<OsString>) -> Result<Cli, CliError> {
         let mut command = command();
-        command.build();
         let arguments = go_style(&command, arguments);
+        // Builds no more of the command than what is used: each process of a start comes through here.
         command
-            .clone()
-            .try_get_matches_from(&arguments)
+            .try_get_matches_from_mut(&arguments)
             .and_then(|matches| Cli::from_arg_matches(&matches))
             .map_err(|error| describe(&command, &arguments, &error))
     }
@@ -782,7 +781,7 @@ fn go_style(root: &clap::Command, arguments: Vec<OsString>) -> Vec<OsString> {
                 }
             }
         }
-        let (argument, takes_next) = option(command, argument);
+        let (argument, takes_next) = option(root, command, argument);
         result.push(argument);
         if takes_next {
             result.extend(arguments.next());
@@ -803,7 +802,7 @@ fn passes_arguments_on(command: &clap::Command) -> bool {
 }
 
 /// One option, with two dashes if it is a long one, and whether its value is the next argument.
-fn option(command: &clap::Command, argument: OsString) -> (OsString, bool) {
+fn option(root: &clap::Command, command: &clap::Command, argument: OsString) -> (OsString, bool) {
     let bytes = argument.as_bytes();
     let (dashes, name) = match bytes.strip_prefix(b"--") {
         Some(name) => (2, name),
@@ -813,10 +812,15 @@ fn option(command: &clap::Command, argument: OsString) -> (OsString, bool) {
     let name = name.split(|byte| *byte == b'=').next().unwrap_or(name);
     let takes_value =
         |arg: &clap::Arg| matches!(arg.get_action(), ArgAction::Set | ArgAction::Append);
-    let long = command
-        .get_arguments()
-        .find(|arg| arg.get_long().is_some_and(|long| long.as_bytes() == name));
+    let long =
+        known(root, command).find(|arg| arg.get_long().is_some_and(|long| long.as_bytes() == name));
     match long {
+        // clap adds these when it parses.
+        None if dashes == 1 && matches!(name, b"help" | b"version") => {
+            let mut rewritten = b"-".to_vec();
+            rewritten.extend_from_slice(bytes);
+            (OsString::from_vec(rewritten), false)
+        }
         Some(arg) if dashes == 2 || name.len() > 1 => {
             let takes_next = takes_value(arg) && !has_value;
             if dashes == 1 {
@@ -829,22 +833,30 @@ fn option(command: &clap::Command, argument: OsString) -> (OsString, bool) {
         _ if dashes == 2 => (argument, false),
         _ => {
             // A bundle of short options: only the last can have its value in the next argument.
-            let takes_next = short_takes_next(command, &bytes[1..], takes_value);
+            let takes_next = short_takes_next(root, command, &bytes[1..], takes_value);
             (argument, takes_next)
         }
     }
 }
 
+/// The options of a command and those that each command has.
+fn known<'a>(
+    root: &'a clap::Command,
+    command: &'a clap::Command,
+) -> impl Iterator<Item = &'a clap::Arg> {
+    let global = root.get_arguments().filter(|arg| arg.is_global_set());
+    command.get_arguments().chain(global)
+}
+
 fn short_takes_next(
+    root: &clap::Command,
     command: &clap::Command,
     letters: &[u8],
     takes_value: impl Fn(&clap::Arg) -> bool,
 ) -> bool {
     for (position, letter) in letters.iter().enumerate() {
-        let known = command
-            .get_arguments()
-            .find(|arg| arg.get_short() == Some(char::from(*letter)));
-        match known {
+        let arg = known(root, command).find(|arg| arg.get_short() == Some(char::from(*letter)));
+        match arg {
             Some(arg) if takes_value(arg) => return position + 1 == letters.len(),
             Some(_) => {}
             None => return false,
