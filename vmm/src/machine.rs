@@ -10,6 +10,7 @@ use linux_loader::loader::{Cmdline, load_cmdline};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::arch::boot_params::Range;
 use crate::arch::{boot_params, cpuid, layout, mptable, registers};
 use crate::boot::{initramfs, kernel};
 use crate::bus::Bus;
@@ -401,7 +402,8 @@ fn load_guest(memory: &GuestMemory, plan: &VmPlan, config: &VmConfig) -> Result<
     Ok(kernel.entry)
 }
 
-/// The guest's memory becomes a private view of a snapshot's memory file.
+/// The guest's memory becomes a private view of a snapshot's memory file. Where the file has holes it stays anonymous:
+/// a page that is first written there costs one page and no copy, and the file's cache does not grow.
 fn map_snapshot(
     memory: &GuestMemory,
     plan: &VmPlan,
@@ -412,8 +414,14 @@ fn map_snapshot(
     snapshot::check_memory(file, size, id)?;
     let mut offset = 0;
     for range in &plan.memory {
-        memory::map_file(memory, *range, file, offset)
-            .map_err(|error| Error::Memory(error.into()))?;
+        for extent in snapshot::extents(file, offset, range.size)? {
+            let part = Range {
+                start: range.start + (extent.start - offset),
+                size: extent.end - extent.start,
+            };
+            memory::map_file(memory, part, file, extent.start)
+                .map_err(|error| Error::Memory(error.into()))?;
+        }
         offset += range.size;
     }
     Ok(())

@@ -151,6 +151,35 @@ pub(crate) fn check_memory(file: &File, size: u64, id: &MemoryId) -> Result<(), 
     }
 }
 
+/// How finely [`extents`] looks at a file.
+const EXTENT: u64 = 2 << 20;
+
+/// The parts of `file` between `start` and `start + size` that hold data, in pieces of 2 MiB, neighbours joined.
+pub(crate) fn extents(
+    file: &File,
+    start: u64,
+    size: u64,
+) -> Result<Vec<std::ops::Range<u64>>, SnapshotError> {
+    let end = start + size;
+    let mut found: Vec<std::ops::Range<u64>> = Vec::new();
+    let mut at = start;
+    while at < end {
+        let data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(data) if data < end => data,
+            // Nothing but a hole behind.
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(SnapshotError::Memory(error.into())),
+        };
+        let from = data - (data - start) % EXTENT;
+        at = end.min(from + EXTENT);
+        match found.last_mut() {
+            Some(last) if last.end == from => last.end = at,
+            _ => found.push(from..at),
+        }
+    }
+    Ok(found)
+}
+
 fn write_region(
     region: &vm_memory::GuestRegionMmap<()>,
     file: &File,
@@ -236,6 +265,22 @@ mod tests {
         }
         bytes.push(0);
         assert!(MachineState::decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn extents_are_what_is_not_a_hole() {
+        const MIB: u64 = 1 << 20;
+        let file = scratch();
+        let start = 5 * MIB;
+        for at in [MIB, start + 3 * MIB, start + 5 * MIB, start + 20 * MIB] {
+            file.write_all_at(b"x", at).unwrap();
+        }
+        file.write_all_at(b"x", start + 40 * MIB + 5).unwrap();
+        let found = extents(&file, start, 21 * MIB).unwrap();
+        let expected = [2..6, 20..21].map(|part| start + part.start * MIB..start + part.end * MIB);
+        assert_eq!(found, expected);
+        assert!(extents(&file, start + 41 * MIB, MIB).unwrap().is_empty());
+        assert!(extents(&file, 2 * MIB, MIB).unwrap().is_empty());
     }
 
     #[test]
