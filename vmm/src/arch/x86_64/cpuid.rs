@@ -11,6 +11,13 @@ const EXTENDED_TOPOLOGY_V2: u32 = 0x1f;
 const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
+/// KVM_CPUID_FEATURES (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+
+/// KVM_FEATURE_ASYNC_PF, _VMEXIT and _INT. A page that the host does not have at hand at once is waited for: the guest
+/// would exit over and over, or run its scheduler for nothing, since what it waits for is in the host's memory already.
+const EAX_ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
@@ -57,6 +64,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u32, count: u32) {
             entry.ecx = entry.index | (kind << 8);
             entry.edx = index;
         }
+        KVM_FEATURES => entry.eax &= !EAX_ASYNC_PAGE_FAULTS,
         AMD_SIZES => entry.ecx = (core_bits(count) << 12) | (count - 1),
         AMD_TOPOLOGY => {
             entry.eax = index;
