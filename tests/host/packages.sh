@@ -12,6 +12,7 @@ usage: tests/host/packages.sh GROUP...
   host      QEMU, a Debian kernel (unpacked, not installed) and tools for tests/host/run
   runtimes  other OCI runtimes, to run the same tests against
   rootfs    what makes root file systems of Debian
+  filesystem  file system benchmarks, for tests/filesystem/run.sh
 USAGE
     exit 2
 }
@@ -252,6 +253,7 @@ group() {
         ;;
     runtimes) install runc crun runsc ;;
     rootfs) install mmdebstrap debootstrap ;;
+    filesystem) install dbench fio busybox-static ;;
     *) usage ;;
     esac
 }
@@ -259,7 +261,7 @@ group() {
 [ $# -gt 0 ] || usage
 for name in "$@"; do
     case $name in
-    build | host | runtimes | rootfs) ;;
+    build | host | runtimes | rootfs | filesystem) ;;
     *) usage ;;
     esac
 done
