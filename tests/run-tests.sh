@@ -11,6 +11,7 @@ say() { echo "tests: $*" >&2; }
 tests/build.sh
 tests/host/packages.sh host runtimes rootfs
 examples/rootfs.sh target/rootfs
+tests/hostile/build.sh target/hostile/kernel
 
 if [ $# -eq 0 ]; then
     say "formatting and lints"

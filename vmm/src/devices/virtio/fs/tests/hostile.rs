@@ -4,7 +4,9 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use vm_memory::ByteValued;
 
@@ -240,6 +242,112 @@ fn a_directory_that_becomes_a_link_is_not_followed() {
         Errno::STALE
     );
     assert_eq!(inventory(&prey.guest.outside()), canary);
+}
+
+/// While the guest works on names, the host (or another guest of the same files) keeps exchanging a directory and a file
+/// with links out of the share.
+#[test]
+fn names_that_are_swapped_for_links_lead_nowhere_else() {
+    let mut guest = Guest::new();
+    let outside = guest.outside();
+    fs::create_dir(guest.host("swap")).unwrap();
+    fs::write(guest.host("swap/secret"), "mine").unwrap();
+    fs::write(guest.host("name"), "mine").unwrap();
+    symlink(&outside, guest.host("swapped")).unwrap();
+    symlink(outside.join("secret"), guest.host("link")).unwrap();
+    let canary = inventory(&outside);
+    let pairs = [("swap", "swapped"), ("name", "link")];
+    let pairs = pairs.map(|(one, other)| (guest.host(one), guest.host(other)));
+    let over = AtomicBool::new(false);
+    let (mut directories, mut links) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for (one, other) in &pairs {
+                    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
+                }
+            }
+        });
+        let end = Over(&over);
+        for turn in 0..2000 {
+            if let Ok(entry) = guest.lookup(ROOT, c"swap") {
+                match entry.attr.mode & libc::S_IFMT {
+                    libc::S_IFDIR => directories += 1,
+                    _ => links += 1,
+                }
+                attack(&mut guest, entry.nodeid, turn);
+                guest.forget(entry.nodeid, 1);
+            }
+            let created = guest.create(ROOT, c"name", libc::O_RDWR | libc::O_TRUNC, 0o644);
+            if let Ok((entry, open)) = created {
+                let _ = guest.write(entry.nodeid, open.fh, 0, b"overwritten");
+                guest.release(entry.nodeid, open.fh).unwrap();
+                guest.forget(entry.nodeid, 1);
+            }
+            if let Ok(entry) = guest.lookup(ROOT, c"name") {
+                change(&mut guest, entry.nodeid);
+                guest.forget(entry.nodeid, 1);
+            }
+        }
+        drop(end);
+    });
+    assert!(directories > 0 && links > 0, "{directories}, {links}");
+    assert_eq!(inventory(&outside), canary);
+}
+
+/// Ends the thread of a test, however the test ends.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Everything that makes or changes names below `directory`, which may be anything by now.
+fn attack(guest: &mut Guest, directory: u64, turn: usize) {
+    if let Ok(secret) = guest.lookup(directory, c"secret") {
+        change(guest, secret.nodeid);
+        let _ = guest.link(secret.nodeid, ROOT, c"stolen");
+        let _ = guest.unlink(ROOT, c"stolen");
+        guest.forget(secret.nodeid, 1);
+    }
+    if let Ok((entry, open)) = guest.create(directory, c"new", libc::O_RDWR, 0o644) {
+        guest.release(entry.nodeid, open.fh).unwrap();
+        guest.forget(entry.nodeid, 1);
+    }
+    let made = match turn % 3 {
+        0 => guest.mkdir(directory, c"made"),
+        1 => guest.symlink(directory, c"made", c"/etc/passwd"),
+        _ => guest.mknod(directory, c"made", libc::S_IFREG | 0o644, 0),
+    };
+    if let Ok(entry) = made {
+        guest.forget(entry.nodeid, 1);
+    }
+    let _ = guest.rename((directory, c"secret"), (directory, c"moved"), 0);
+    let _ = guest.rename((directory, c"moved"), (directory, c"secret"), 0);
+    let _ = guest.unlink(directory, c"new");
+    let _ = guest.unlink(directory, c"made");
+    let _ = guest.rmdir(directory, c"made");
+}
+
+/// Everything that changes a file.
+fn change(guest: &mut Guest, node: u64) {
+    for flags in [libc::O_RDWR, libc::O_WRONLY | libc::O_TRUNC] {
+        if let Ok(open) = guest.open(node, flags) {
+            let _ = guest.write(node, open.fh, 0, b"overwritten");
+            guest.release(node, open.fh).unwrap();
+        }
+    }
+    for valid in [fattr::SIZE, fattr::MODE, fattr::UID, fattr::MTIME] {
+        let input = abi::SetattrIn {
+            valid,
+            mode: 0o7777,
+            ..abi::SetattrIn::default()
+        };
+        let _ = guest.setattr(node, &input);
+    }
+    let _ = guest.setxattr(node, c"user.x", b"1");
 }
 
 #[test]
