@@ -20,6 +20,8 @@ if [ $# -eq 0 ]; then
     say "unit and device tests"
     cargo test --quiet --workspace --exclude tests --exclude agent
     cargo test --quiet -p agent --bins
+    say "a short run of the fuzzer"
+    tests/fuzz/run.sh 3
 fi
 
 say "building the integration tests"

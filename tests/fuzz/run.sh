@@ -7,8 +7,8 @@
 #   tests/fuzz/run.sh coverage               line coverage of the devices by fuzzing and unit tests, from what is there
 #
 # Corpora grow in target/fuzz/corpus/TARGET; an input that fails is left in target/fuzz/TARGET-crash-*. To see one
-# again: FUZZ_TARGET=TARGET target/fuzz/bin/fuzz FILE.
-# FUZZ_DIR: where everything goes, instead of target/fuzz.
+# again: FUZZ_TARGET=TARGET target/fuzz/bin/fuzz FILE. FUZZ_DIR is used instead of target/fuzz. What is compiled stays in
+# the cache of tests/host/packages.sh, so that a new checkout need not start from nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -16,7 +16,8 @@ TARGETS=(registers descriptor-chains rng balloon vsock fs-device fs-requests uar
     agent-frames monitor-frames config process)
 HOST=x86_64-unknown-linux-gnu
 dir=${FUZZ_DIR:-$PWD/target/fuzz}
-mkdir -p "$dir"
+built=${SANDBOX_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/sandbox-build}/fuzz
+mkdir -p "$dir" "$built"
 
 say() { echo "fuzz: $*" >&2; }
 
@@ -35,9 +36,9 @@ fuzz() {
     # What cargo-fuzz asks for, but for sanitizers, which need another compiler.
     build "-C passes=sancov-module -C llvm-args=-sanitizer-coverage-level=4 \
 -C llvm-args=-sanitizer-coverage-inline-8bit-counters -C llvm-args=-sanitizer-coverage-pc-table \
--C llvm-args=-sanitizer-coverage-trace-compares" "$dir/build"
+-C llvm-args=-sanitizer-coverage-trace-compares" "$built"
     mkdir -p "$dir/bin"
-    cp "$dir/build/$HOST/release/fuzz" "$dir/bin/fuzz"
+    cp "$built/$HOST/release/fuzz" "$dir/bin/fuzz"
     local target status failed=()
     # Shares and bundles of the targets are made in memory.
     TMPDIR=$(mktemp -d /dev/shm/fuzz.XXXXXX)
@@ -62,6 +63,6 @@ fuzz() {
 
 case ${1:-} in
 coverage) exec tests/fuzz/coverage.sh ;;
-'' | *[!0-9]*) sed -n '5,11s/^# \?//p' "$0" >&2; exit 2 ;;
+'' | *[!0-9]*) sed -n '5,12s/^# \?//p' "$0" >&2; exit 2 ;;
 *) fuzz "$@" ;;
 esac

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, ActiveQueue, GuestFault, Interrupt, VirtioDevice};
@@ -230,8 +230,9 @@ impl MmioTransport {
         let state = lock(&self.state);
         state.queues.get(index).is_some_and(|queue| {
             // virtio 1.2, 2.7.6: flags, then idx.
-            let idx = GuestAddress(queue.avail_ring() + 2);
-            queue.ready() && self.memory.read_obj::<u16>(idx).unwrap_or(1) != 0
+            let idx = GuestAddress(queue.avail_ring()).checked_add(2);
+            let idx = idx.and_then(|idx| self.memory.read_obj::<u16>(idx).ok());
+            queue.ready() && idx != Some(0)
         })
     }
 

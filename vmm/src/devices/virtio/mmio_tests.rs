@@ -190,6 +190,20 @@ fn any_access_of_any_width_in_any_state_is_survived() {
     }
 }
 
+#[test]
+fn a_ring_at_the_end_of_all_addresses_is_no_reason_to_fail() {
+    let driver = Driver::new();
+    driver.negotiate(1 << 5, 1);
+    driver.set_up_queue(0, 0x1_0000);
+    assert!(!driver.transport.has_chains(0));
+    driver.set(register::QUEUE_READY, 0);
+    driver.set(register::QUEUE_DRIVER_LOW, 0xffff_fffe);
+    driver.set(register::QUEUE_DRIVER_HIGH, 0xffff_ffff);
+    driver.set(register::QUEUE_READY, 1);
+    assert!(driver.transport.has_chains(0));
+    assert_eq!(driver.transport.save().unwrap_err(), NotNow);
+}
+
 /// The event loop may be at a queue when a vCPU resets the device.
 #[test]
 fn a_fault_is_not_told_after_the_reset() {
