@@ -22,7 +22,7 @@ use vmm::{HostStream, Machine, VmConfig};
 use crate::channel::Channel;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{control, sandbox, signal_fd, stages, stdio};
+use crate::{control, logging, sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -98,6 +98,7 @@ fn set_up(
     let files = Files::sort(files).map_err(&setup)?;
     control::take_over(files.listener.as_fd()).map_err(&setup)?;
     leave_caller(order.oom_score_adj).map_err(&setup)?;
+    vmm::report_violations(logging::from_signal_handler).map_err(&setup)?;
     let signals = signal_fd::take().map_err(&setup)?;
     let terminal = files.terminal;
     let streams = take_streams(terminal.as_ref()).map_err(&setup)?;
