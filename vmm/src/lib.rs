@@ -24,7 +24,7 @@ pub use config::{ConfigError, VmConfig};
 pub use devices::virtio::vsock::HostStream;
 pub use machine::{Error, Machine, MachineEvent, SHARE_TAG};
 pub use probe::{ProbeError, probe};
-pub use seccomp::{ConfineError, ThreadKind, confine, report_violations};
+pub use seccomp::{ConfineError, ThreadKind, confine, drop_capabilities, report_violations};
 pub use snapshot::{SnapshotError, SnapshotFiles};
 pub use vcpu::StopReason;
 pub use vm::VmError;
