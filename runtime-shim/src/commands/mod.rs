@@ -10,6 +10,7 @@ mod exec;
 mod exec_process;
 mod exec_stub;
 mod features;
+mod jail;
 mod kill;
 mod list;
 mod live;
@@ -126,6 +127,8 @@ pub enum Error {
     Capability(String),
     #[error("--interval: has to be longer than 0")]
     Interval,
+    #[error("look at the monitor")]
+    Jail(#[source] io::Error),
     #[error("resources of {path}", path = .0.display())]
     Resources(PathBuf, #[source] io::Error),
     #[error("resources")]
