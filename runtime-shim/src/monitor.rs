@@ -22,7 +22,7 @@ use vmm::{HostStream, Machine, VmConfig};
 use crate::channel::Channel;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{control, logging, sandbox, signal_fd, stages, stdio};
+use crate::{console, control, logging, sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -130,6 +130,12 @@ fn set_up(
         return Ok(None);
     }
     tell(creator, Report::Stage(Stage::Jail))?;
+    let mut guest = order.guest;
+    // Engines set it as soon as they have the terminal, which may have been before there was somebody to
+    // get a signal for it.
+    if let Some(Ok(size)) = terminal.as_ref().map(|own| console::size(own.as_fd())) {
+        guest.process.terminal = Some(size);
+    }
     let root = sandbox::enter(&order.shares, order.open_files).map_err(at(Stage::Jail))?;
     machine
         .share_files(root, &["rootfs"])
@@ -139,7 +145,7 @@ fn set_up(
     tell(creator, Report::Stage(Stage::Boot))?;
     let template = Template {
         id: order.id,
-        guest: order.guest,
+        guest,
         start: order.start,
         streams,
         deadlines: order.deadlines,
