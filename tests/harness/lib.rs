@@ -3,10 +3,12 @@
 //! for events with a deadline. `RUNTIME` in the environment names another runtime to run the same tests against.
 
 pub mod bundle;
+pub mod engine;
 pub mod inventory;
 pub mod runtime;
 
 pub use bundle::{Bundle, BundleBuilder};
+pub use engine::Engine;
 pub use runtime::{Container, Outcome, Runtime};
 
 use std::path::PathBuf;

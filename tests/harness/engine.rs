@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Container engines, driven by their own command lines. Each has its state in a directory of its own below the
+//! temporary directory, which has to be a tmpfs: the emulated host's root is an overlay, and overlays do not stack.
+//!
+//! `RUNTIME` in the environment names another runtime for the engines to use, which shows that a test is right.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::bundle::Bundle;
+use crate::runtime::{Outcome, finish};
+use crate::top;
+
+/// An engine that has an image `busybox`.
+#[derive(Debug)]
+pub struct Engine {
+    program: &'static str,
+    /// Before the command of the engine.
+    options: Vec<OsString>,
+    environment: Vec<(&'static str, OsString)>,
+    directory: PathBuf,
+}
+
+/// Podman, with the runtime under test as its default.
+pub fn podman() -> &'static Engine {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(|| {
+        let engine = Engine::podman();
+        at_exit(|| {
+            if let Some(engine) = ENGINE.get() {
+                engine.end();
+            }
+        });
+        engine.import_busybox();
+        engine
+    })
+}
+
+/// The runtime under test: `RUNTIME` in the environment, or this checkout's `sandbox`.
+pub fn runtime() -> PathBuf {
+    std::env::var_os("RUNTIME").map_or_else(|| top().join("target/release/sandbox"), PathBuf::from)
+}
+
+/// Whether the runtime under test is `sandbox`, for what only a VM shows.
+pub fn is_sandbox() -> bool {
+    runtime().file_name().is_some_and(|name| name == "sandbox")
+}
+
+impl Engine {
+    fn podman() -> Engine {
+        let directory = new_directory("podman");
+        let containers = directory.join("containers.conf");
+        let storage = directory.join("storage.conf");
+        install("podman", &containers);
+        let installed = fs::read_to_string(&containers).unwrap();
+        let ours = "[engine]\n\
+                    cgroup_manager = \"cgroupfs\"\n\
+                    events_logger = \"file\"\n\
+                    runtime = \"sandbox\"\n";
+        assert!(installed.contains("[engine]\n"), "{installed}");
+        fs::write(&containers, installed.replace("[engine]\n", ours)).unwrap();
+        fs::write(
+            &storage,
+            format!(
+                "[storage]\ndriver = \"overlay\"\ngraphroot = \"{0}/graph\"\nrunroot = \"{0}/run\"\n",
+                directory.display()
+            ),
+        )
+        .unwrap();
+        Engine {
+            program: "podman",
+            options: Vec::new(),
+            environment: vec![
+                ("CONTAINERS_CONF", containers.into()),
+                ("CONTAINERS_STORAGE_CONF", storage.into()),
+                ("TMPDIR", directory.clone().into()),
+            ],
+            directory,
+        }
+    }
+
+    /// A command of the engine, with nothing on stdin.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.program);
+        command
+            .args(&self.options)
+            .args(arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command of the engine to its end.
+    pub fn call(&self, arguments: &[&str]) -> Outcome {
+        finish(self.command(arguments))
+    }
+
+    /// The same on a terminal of 33 lines and 77 columns, whose output has its line ends.
+    pub fn call_on_terminal(&self, arguments: &[&str]) -> Outcome {
+        let words = self.options.iter().map(|word| word.to_str().unwrap());
+        let words = std::iter::once(self.program)
+            .chain(words)
+            .chain(arguments.iter().copied());
+        let words: Vec<String> = words.map(quote).collect();
+        let mut command = Command::new("script");
+        command
+            .args(["--quiet", "--return", "--command"])
+            .arg(format!("stty rows 33 cols 77; {}", words.join(" ")))
+            .arg("/dev/null")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null());
+        finish(command)
+    }
+
+    /// A file or directory for a test, in the engine's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Writes a file there and returns its path.
+    pub fn write(&self, name: &str, content: &str) -> String {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path.into_os_string().into_string().unwrap()
+    }
+
+    /// A name for a container, which is removed by force on drop.
+    pub fn container(&self) -> Named<'_> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        Named {
+            engine: self,
+            name: format!("test{number}"),
+        }
+    }
+
+    fn import_busybox(&self) {
+        let bundle = Bundle::busybox(&["/bin/sh"]).build();
+        self.import("busybox", bundle.rootfs(), ".");
+    }
+
+    /// Makes an image of `what` in a directory.
+    pub fn import(&self, image: &str, directory: &Path, what: &str) {
+        let archive = self.path("image.tar");
+        let mut tar = Command::new("tar");
+        tar.arg("-cf")
+            .arg(&archive)
+            .arg("-C")
+            .arg(directory)
+            .arg(what);
+        finish(tar).ok();
+        self.call(&["import", archive.to_str().unwrap(), image])
+            .ok();
+        fs::remove_file(&archive).unwrap();
+    }
+
+    fn end(&self) {
+        let _ = self.call(&["rm", "--force", "--all"]).status;
+        // Its own mounts, which it leaves for the next command.
+        for name in ["graph/overlay", "graph"] {
+            let _ = rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH);
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// A container of a test, by its name.
+#[derive(Debug)]
+pub struct Named<'a> {
+    engine: &'a Engine,
+    name: String,
+}
+
+impl Named<'_> {
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs `VERB NAME ARGUMENTS`.
+    pub fn call(&self, verb: &[&str], arguments: &[&str]) -> Outcome {
+        let mut all = verb.to_vec();
+        all.push(&self.name);
+        all.extend(arguments);
+        self.engine.call(&all)
+    }
+
+    pub fn exec(&self, arguments: &[&str]) -> Outcome {
+        self.call(&["exec"], arguments)
+    }
+
+    /// A field of `inspect`, as a Go template has it.
+    pub fn inspect(&self, field: &str) -> String {
+        self.call(&["inspect", "--format", &format!("{{{{{field}}}}}")], &[])
+            .ok()
+            .to_owned()
+    }
+
+    /// What the container has written to stdout so far.
+    pub fn logs(&self) -> String {
+        let logs = self.call(&["logs"], &[]);
+        logs.ok();
+        logs.text().to_owned()
+    }
+}
+
+impl Drop for Named<'_> {
+    fn drop(&mut self) {
+        let _ = self.call(&["rm", "--force"], &[]).status;
+    }
+}
+
+/// Has `sandbox install` write the runtime under test into a configuration.
+fn install(engine: &str, configuration: &Path) {
+    let mut command = Command::new(top().join("target/release/sandbox"));
+    command
+        .args(["install", "--engine", engine, "--config"])
+        .arg(configuration)
+        .arg("--program")
+        .arg(runtime());
+    finish(command).ok();
+}
+
+fn new_directory(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+    fs::create_dir(&path).unwrap();
+    path
+}
+
+fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// Has a function called at the end of the test program: what is in a static is not dropped.
+fn at_exit(function: fn()) {
+    static FUNCTIONS: OnceLock<fn()> = OnceLock::new();
+    extern "C" fn call() {
+        if let Some(function) = FUNCTIONS.get() {
+            // A panic must not leave a C function.
+            let _ = std::panic::catch_unwind(function);
+        }
+    }
+    FUNCTIONS
+        .set(function)
+        .expect("one engine in a test program");
+    // SAFETY: `call` is a function without arguments that does not unwind, as atexit(3) wants it.
+    unsafe { libc::atexit(call) };
+}
