@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The boot recipe and the event loop of one VM.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use linux_loader::loader::{Cmdline, load_cmdline};
 use vm_memory::{Bytes, GuestAddress};
@@ -18,14 +20,16 @@ use crate::config::{ConfigError, VmConfig};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::uart::Uart;
 use crate::devices::virtio::balloon::Balloon;
-use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::fs::{Fs, SavedFiles};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET, TransportState};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostStream, TX as VSOCK_TRANSMIT, Vsock};
 use crate::devices::virtio::{Kicks, VirtioDevice};
 use crate::memory::{self, GuestMemory};
 use crate::plan::{self, SlotKind, VmPlan};
-use crate::snapshot::{self, MachineState, MemoryId, SnapshotError, SnapshotFiles};
+use crate::snapshot::{
+    self, Content, MachineState, MemoryId, Running, SnapshotError, SnapshotFiles,
+};
 use crate::vcpu::{StopReason, VcpuShared, VcpuThreads};
 use crate::vcpu_state::VcpuState;
 use crate::vm::{Vm, VmError, failed};
@@ -51,6 +55,8 @@ pub enum Error {
     Create(&'static str, #[source] std::io::Error),
     #[error("cannot share files")]
     Share(#[source] std::io::Error),
+    #[error("files of the container")]
+    Files(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot connect a stream to port {0}")]
     Stream(u32, #[source] std::io::Error),
     #[error(transparent)]
@@ -99,6 +105,13 @@ pub struct Machine {
     pending_save: Option<SnapshotFiles>,
     /// The devices of a restored VM, until it is started.
     restored: Option<Vec<TransportState>>,
+    /// The file server's part of a restored VM with a container in it, until it has its root.
+    restored_files: Option<SavedFiles>,
+    /// The devices have been in use when they were saved.
+    was_running: bool,
+    /// The registers of the vCPUs, while they are frozen.
+    frozen: Option<Vec<VcpuState>>,
+    content: Content,
     vm: Vm,
     memory: GuestMemory,
 }
@@ -115,14 +128,41 @@ impl Machine {
         let plan = plan::plan(config.vcpus, config.memory_mib, &config.command_line)?;
         let memory = memory::create(&plan.memory).map_err(|error| Error::Memory(error.into()))?;
         let entry = load_guest(&memory, &plan, &config)?;
-        Machine::build(config.kvm, plan, memory, Origin::Boot { entry })
+        Machine::build(config.kvm, plan, memory, Origin::Boot { entry }, None)
     }
 
     /// Builds the VM that [`Machine::save_when_ready`] has saved: the same configuration, the same host. Nothing runs.
     /// The memory file stays mapped, and must not change as long as the VM lives.
     pub fn restore(config: VmConfig, mut files: SnapshotFiles) -> Result<Machine, Error> {
-        let plan = plan::plan(config.vcpus, config.memory_mib, &config.command_line)?;
         let state = MachineState::read(&mut files.state)?;
+        if state.running.is_some() {
+            return Err(SnapshotError::Shape.into());
+        }
+        Machine::from_snapshot(config, state, files.memory)
+    }
+
+    /// Builds the VM that [`Machine::save`] has saved, and returns what its owner had to say then. Each stream that was
+    /// open goes on when [`Machine::accept_stream`] gives its port a host end, and is reset if it gets none before the
+    /// start.
+    pub fn restore_running(
+        config: VmConfig,
+        mut files: SnapshotFiles,
+    ) -> Result<(Machine, Vec<u8>), Error> {
+        let mut state = MachineState::read(&mut files.state)?;
+        let Some(running) = &mut state.running else {
+            return Err(SnapshotError::NotRunning.into());
+        };
+        let owner = std::mem::take(&mut running.owner);
+        let machine = Machine::from_snapshot(config, state, files.memory)?;
+        Ok((machine, owner))
+    }
+
+    fn from_snapshot(
+        config: VmConfig,
+        state: MachineState,
+        memory_file: File,
+    ) -> Result<Machine, Error> {
+        let plan = plan::plan(config.vcpus, config.memory_mib, &config.command_line)?;
         if state.plan != format!("{plan:?}")
             || state.vcpus.len() != usize::from(plan.vcpus)
             || state.transports.len() != plan.slots.len()
@@ -130,8 +170,9 @@ impl Machine {
             return Err(SnapshotError::Shape.into());
         }
         let memory = memory::create(&plan.memory).map_err(|error| Error::Memory(error.into()))?;
-        map_snapshot(&memory, &plan, &files.memory, &state.memory_id)?;
-        Machine::build(config.kvm, plan, memory, Origin::Snapshot(Box::new(state)))
+        map_snapshot(&memory, &plan, &memory_file, &state.memory_id)?;
+        let origin = Origin::Snapshot(Box::new(state));
+        Machine::build(config.kvm, plan, memory, origin, Some(memory_file))
     }
 
     fn build(
@@ -139,6 +180,7 @@ impl Machine {
         plan: VmPlan,
         memory: GuestMemory,
         origin: Origin,
+        memory_file: Option<File>,
     ) -> Result<Machine, Error> {
         let vm = Vm::new(kvm, &memory)?;
         let vcpus = create_vcpus(&vm, &plan, &origin)?;
@@ -146,14 +188,24 @@ impl Machine {
         let epoll = Epoll::new().map_err(Error::EventLoop)?;
         let ioapic = Arc::new(Ioapic::new(vm.route_setter()));
         let bus = wire(&vm, &plan, &devices.transports, &ioapic)?;
-        let restored = match origin {
-            Origin::Boot { .. } => None,
+        let (restored, running) = match origin {
+            Origin::Boot { .. } => (None, None),
             Origin::Snapshot(state) => {
                 ioapic.restore(&state.ioapic);
                 vm.set_clock(&state.clock)?;
-                Some(state.transports)
+                (Some(state.transports), state.running)
             }
         };
+        let was_running = running.is_some();
+        let mut restored_files = None;
+        if let Some(running) = running {
+            if !lock(&devices.vsock).restore_streams(running.streams) {
+                return Err(SnapshotError::Damaged.into());
+            }
+            restored_files = Some(running.files);
+        }
+        let content =
+            Content::new(memory_file).map_err(|error| Error::Create("a page map", error))?;
         let uart = Arc::new(Uart::default());
         let shared = VcpuShared::new(bus, uart.clone(), vm.saved_msrs().to_vec())
             .map_err(|error| Error::Create("an event fd", error))?;
@@ -174,6 +226,10 @@ impl Machine {
             plan,
             pending_save: None,
             restored,
+            restored_files,
+            was_running,
+            frozen: None,
+            content,
             vm,
             memory,
         };
@@ -185,7 +241,14 @@ impl Machine {
     /// change files below the names in `private`, so that it may cache them for long. To be called in the jail, when
     /// the limit of open files is final.
     pub fn share_files(&mut self, root: OwnedFd, private: &[&str]) -> Result<(), Error> {
-        lock(&self.files).plug(root, private).map_err(Error::Share)
+        let mut files = lock(&self.files);
+        files.plug(root, private).map_err(Error::Share)?;
+        match self.restored_files.take() {
+            Some(saved) => files
+                .restore_files(&saved)
+                .map_err(|error| Error::Files(error.into())),
+            None => Ok(()),
+        }
     }
 
     /// Lets the guest connect once to `port` of the host; bytes go between that connection and `stream`.
@@ -218,18 +281,61 @@ impl Machine {
         lock(&self.files)
             .start()
             .map_err(|error| Error::Create("a file server thread", error))?;
+        lock(&self.vsock).abandon_unclaimed();
         for (transport, state) in self
             .transports
             .iter()
             .zip(self.restored.take().iter().flatten())
         {
             transport.restore(state).map_err(|_| SnapshotError::Shape)?;
+            if self.was_running {
+                // One may have been on its way when the vCPUs were saved.
+                transport.raise_again();
+            }
         }
         let vcpus = std::mem::take(&mut self.vcpus);
         let threads = VcpuThreads::start(vcpus, self.shared.clone())
             .map_err(|error| Error::Create("a vCPU thread", error))?;
         self.vcpu_threads = Some(threads);
         Ok(())
+    }
+
+    /// Stops the vCPUs, and everything that is done for the guest, until [`Machine::thaw`].
+    pub fn freeze(&mut self) -> Result<(), Error> {
+        let Some(threads) = &self.vcpu_threads else {
+            return Err(SnapshotError::Busy.into());
+        };
+        let vcpus = match threads.pause_and_save() {
+            Ok(vcpus) => vcpus,
+            Err(error) => {
+                threads.resume();
+                return Err(error.into());
+            }
+        };
+        self.frozen = Some(vcpus);
+        lock(&self.files).hold();
+        self.vsock_transport.process_queue(VSOCK_TRANSMIT);
+        Ok(())
+    }
+
+    /// Saves the frozen VM. `owner` comes back when it is restored.
+    pub fn save(&mut self, files: SnapshotFiles, owner: Vec<u8>) -> Result<(), Error> {
+        let vcpus = self.frozen.take().ok_or(SnapshotError::NotRunning)?;
+        let saved = lock(&self.files).save_files();
+        let running = Running {
+            cpuid: self.vm.cpuid().as_slice().to_vec(),
+            streams: lock(&self.vsock).save_streams(),
+            files: saved.map_err(|error| Error::Files(error.into()))?,
+            owner,
+        };
+        self.write(files, vcpus, Some(running))
+    }
+
+    /// The VM goes on.
+    pub fn thaw(&mut self) {
+        self.frozen = None;
+        lock(&self.files).release();
+        self.resume();
     }
 
     /// Returns when no vCPU is in the guest.
@@ -302,7 +408,7 @@ impl Machine {
             return None;
         }
         let files = self.pending_save.take()?;
-        let result = self.save(files).map_err(|error| error.to_string());
+        let result = self.save_ready(files).map_err(|error| error.to_string());
         // The call that was waited for is now to be answered, whichever kick brought us here.
         for queue in 0..=VSOCK_TRANSMIT {
             self.vsock_transport.process_queue(queue);
@@ -310,28 +416,36 @@ impl Machine {
         Some(MachineEvent::Saved(result))
     }
 
-    fn save(&self, mut files: SnapshotFiles) -> Result<(), Error> {
+    fn save_ready(&self, files: SnapshotFiles) -> Result<(), Error> {
         let Some(threads) = &self.vcpu_threads else {
             return Err(SnapshotError::Busy.into());
         };
         let saved = threads.pause_and_save().map_err(Error::from);
-        let result = saved.and_then(|mut vcpus| {
-            VcpuState::share_tsc(&mut vcpus);
-            let transports = self.transports.iter().map(|transport| transport.save());
-            let state = MachineState {
-                plan: format!("{:?}", self.plan),
-                memory_id: snapshot::write_memory(&self.memory, &files.memory)?,
-                vcpus,
-                clock: self.vm.clock()?,
-                ioapic: self.ioapic.save(),
-                transports: transports
-                    .collect::<Result<_, _>>()
-                    .map_err(|_| SnapshotError::Busy)?,
-            };
-            Ok(state.write(&mut files.state)?)
-        });
+        let result = saved.and_then(|vcpus| self.write(files, vcpus, None));
         threads.resume();
         result
+    }
+
+    fn write(
+        &self,
+        mut files: SnapshotFiles,
+        mut vcpus: Vec<VcpuState>,
+        running: Option<Running>,
+    ) -> Result<(), Error> {
+        VcpuState::share_tsc(&mut vcpus);
+        let transports = self.transports.iter().map(|transport| transport.save());
+        let state = MachineState {
+            plan: format!("{:?}", self.plan),
+            memory_id: self.content.write(&self.memory, &files.memory)?,
+            vcpus,
+            clock: self.vm.clock()?,
+            ioapic: self.ioapic.save(),
+            transports: transports
+                .collect::<Result<_, _>>()
+                .map_err(|_| SnapshotError::Busy)?,
+            running,
+        };
+        Ok(state.write(&mut files.state)?)
     }
 
     fn report_stop(&mut self, events: &mut Vec<MachineEvent>) {
@@ -440,9 +554,10 @@ fn slot_of(plan: &VmPlan, kind: SlotKind) -> usize {
 
 fn create_vcpus(vm: &Vm, plan: &VmPlan, origin: &Origin) -> Result<Vec<VcpuFd>, Error> {
     let mut vcpus = Vec::with_capacity(usize::from(plan.vcpus));
+    let supported = supported_cpuid(vm, origin)?;
     for index in 0..plan.vcpus {
         let vcpu = vm.create_vcpu(index)?;
-        vcpu.set_cpuid2(&cpuid::for_vcpu(vm.cpuid(), index, plan.vcpus))
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, index, plan.vcpus))
             .map_err(failed("set the CPUID of a vCPU"))?;
         match origin {
             Origin::Boot { entry } => boot_vcpu(&vcpu, index, *entry)?,
@@ -451,6 +566,21 @@ fn create_vcpus(vm: &Vm, plan: &VmPlan, origin: &Origin) -> Result<Vec<VcpuFd>, 
         vcpus.push(vcpu);
     }
     Ok(vcpus)
+}
+
+/// What the guest may be told that its vCPUs can do: what it was told before, if this host has that.
+fn supported_cpuid<'a>(vm: &'a Vm, origin: &Origin) -> Result<Cow<'a, CpuId>, Error> {
+    let running = match origin {
+        Origin::Boot { .. } => None,
+        Origin::Snapshot(state) => state.running.as_ref(),
+    };
+    let Some(running) = running else {
+        return Ok(Cow::Borrowed(vm.cpuid()));
+    };
+    cpuid::check(&running.cpuid, vm.cpuid()).map_err(SnapshotError::Cpu)?;
+    CpuId::from_entries(&running.cpuid)
+        .map(Cow::Owned)
+        .map_err(|_| SnapshotError::Damaged.into())
 }
 
 fn boot_vcpu(vcpu: &VcpuFd, index: u8, entry: u64) -> Result<(), VmError> {

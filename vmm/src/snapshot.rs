@@ -6,21 +6,23 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 
-use kvm_bindings::kvm_clock_data;
+use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::devices::ioapic::IoapicState;
+use crate::devices::virtio::fs::SavedFiles;
 use crate::devices::virtio::mmio::TransportState;
+use crate::devices::virtio::vsock::SavedStreams;
 use crate::memory::{GuestMemory, PAGE};
 use crate::vcpu_state::VcpuState;
 
 const MAGIC: &[u8; 8] = b"SBOXSNAP";
 /// Raised with every change of what follows.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = MAGIC.len() + 4 + 4 + 4;
-/// More than 32 vCPUs need.
-const MAX_STATE: usize = 4 << 20;
+/// More than 32 vCPUs and the tables of a busy file server need, and than what deleted files may hold.
+const MAX_STATE: usize = 128 << 20;
 
 /// The two files of a snapshot, opened by the caller.
 #[derive(Debug)]
@@ -45,6 +47,12 @@ pub enum SnapshotError {
     MemoryFile,
     #[error("snapshot: made for another kind of VM")]
     Shape,
+    #[error(
+        "snapshot: made on another CPU model, or on one with more features than this host has ({0})"
+    )]
+    Cpu(&'static str),
+    #[error("snapshot: not of a running container")]
+    NotRunning,
     #[error("snapshot: the guest is already using its files")]
     Busy,
     #[error("snapshot: guest memory cannot be read")]
@@ -65,6 +73,19 @@ pub(crate) struct MachineState {
     pub(crate) clock: kvm_clock_data,
     pub(crate) ioapic: IoapicState,
     pub(crate) transports: Vec<TransportState>,
+    /// None: of a guest that nothing of the host is in yet.
+    pub(crate) running: Option<Running>,
+}
+
+/// What a VM with a container in it has beyond.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Running {
+    /// What KVM could do for the guest.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
+    pub(crate) streams: SavedStreams,
+    pub(crate) files: SavedFiles,
+    /// What the owner of the machine wants to know again.
+    pub(crate) owner: Vec<u8>,
 }
 
 /// CRC-32 (IEEE 802.3), enough against accidents; against people the cache directory's owner and mode stand.
@@ -126,20 +147,151 @@ fn word(bytes: &[u8]) -> Result<(u32, &[u8]), SnapshotError> {
     Ok((u32::from_le_bytes(*word), rest))
 }
 
-/// Writes the pages that are not zero; the others are holes. The regions follow each other in the file.
-pub(crate) fn write_memory(memory: &GuestMemory, file: &File) -> Result<MemoryId, SnapshotError> {
-    let mut id = MemoryId::default();
-    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| SnapshotError::Memory(error.into()))?;
-    let size = memory.iter().map(GuestMemoryRegion::len).sum();
-    file.write_all_at(&id, size)
-        .map_err(SnapshotError::Memory)?;
-    let mut start = 0;
-    for region in memory.iter() {
-        write_region(region, file, start)?;
-        start += region.len();
+/// Where guest memory is not made of zeroes.
+#[derive(Debug)]
+pub(crate) struct Content {
+    /// `/proc/self/pagemap`, to be opened while `/proc` is there. It knows of pages that are swapped out too.
+    pagemap: File,
+    /// What lies under the pages that the guest has not written to: the memory file that it was restored from.
+    base: Option<File>,
+}
+
+/// Linux: Documentation/admin-guide/mm/pagemap.rst.
+const PAGE_PRESENT: u64 = 1 << 63;
+const PAGE_SWAPPED: u64 = 1 << 62;
+/// Entries of the page map that are read at once.
+const ENTRIES: u64 = 8192;
+/// What is written at once.
+const BATCH: usize = 1 << 20;
+
+impl Content {
+    pub(crate) fn new(base: Option<File>) -> std::io::Result<Content> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        Ok(Content { pagemap, base })
     }
-    Ok(id)
+
+    /// Writes the pages that are not zero; the others are holes. The regions follow each other in the file, as they do
+    /// in the file that they were restored from.
+    pub(crate) fn write(
+        &self,
+        memory: &GuestMemory,
+        file: &File,
+    ) -> Result<MemoryId, SnapshotError> {
+        let mut id = MemoryId::default();
+        rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| SnapshotError::Memory(error.into()))?;
+        let size = memory.iter().map(GuestMemoryRegion::len).sum();
+        file.write_all_at(&id, size)
+            .map_err(SnapshotError::Memory)?;
+        let mut start = 0;
+        for region in memory.iter() {
+            self.write_region(region, file, start)?;
+            start += region.len();
+        }
+        Ok(id)
+    }
+
+    fn write_region(
+        &self,
+        region: &vm_memory::GuestRegionMmap<()>,
+        file: &File,
+        start: u64,
+    ) -> Result<(), SnapshotError> {
+        let mut batch = Batch::new(file);
+        let mut base = Extent::default();
+        let mut entries = vec![0; ENTRIES as usize * size_of::<u64>()];
+        let first = region.as_ptr().addr() as u64 / PAGE;
+        let pages = region.len() / PAGE;
+        for chunk in (0..pages).step_by(ENTRIES as usize) {
+            let count = ENTRIES.min(pages - chunk) as usize * size_of::<u64>();
+            let at = (first + chunk) * size_of::<u64>() as u64;
+            self.pagemap
+                .read_exact_at(&mut entries[..count], at)
+                .map_err(SnapshotError::Memory)?;
+            for (index, entry) in (chunk..).zip(entries[..count].as_chunks().0) {
+                let mapped = u64::from_le_bytes(*entry) & (PAGE_PRESENT | PAGE_SWAPPED) != 0;
+                let offset = index * PAGE;
+                if mapped || base.contains(self.base.as_ref(), start + offset)? {
+                    let page = batch.next(start + offset)?;
+                    region
+                        .read_slice(page, MemoryRegionAddress(offset))
+                        .map_err(|_| SnapshotError::Guest)?;
+                    batch.keep_unless_zero();
+                }
+            }
+        }
+        batch.flush()
+    }
+}
+
+/// Where there is data in a sparse file: the extent that was asked for last.
+#[derive(Debug, Default)]
+struct Extent {
+    data: u64,
+    end: u64,
+}
+
+impl Extent {
+    /// Offsets are asked for in rising order.
+    fn contains(&mut self, file: Option<&File>, offset: u64) -> Result<bool, SnapshotError> {
+        let Some(file) = file else {
+            return Ok(false);
+        };
+        if offset >= self.end {
+            use rustix::fs::{SeekFrom, seek};
+            let fail = |error: rustix::io::Errno| SnapshotError::Memory(error.into());
+            (self.data, self.end) = match seek(file, SeekFrom::Data(offset)) {
+                Ok(data) => (data, seek(file, SeekFrom::Hole(data)).map_err(fail)?),
+                Err(rustix::io::Errno::NXIO) => (u64::MAX, u64::MAX),
+                Err(error) => return Err(fail(error)),
+            };
+        }
+        Ok(offset + PAGE > self.data)
+    }
+}
+
+/// Pages that follow each other, written together.
+struct Batch<'a> {
+    file: &'a File,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Batch<'_> {
+    fn new(file: &File) -> Batch<'_> {
+        Batch {
+            file,
+            start: 0,
+            bytes: Vec::with_capacity(BATCH),
+        }
+    }
+
+    /// Room for the page at `offset` of the file.
+    fn next(&mut self, offset: u64) -> Result<&mut [u8], SnapshotError> {
+        let length = self.bytes.len();
+        if length >= BATCH || offset != self.start + length as u64 {
+            self.flush()?;
+            self.start = offset;
+        }
+        let length = self.bytes.len();
+        self.bytes.resize(length + PAGE as usize, 0);
+        Ok(&mut self.bytes[length..])
+    }
+
+    fn keep_unless_zero(&mut self) {
+        const ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
+        if self.bytes.ends_with(&ZEROES) {
+            self.bytes.truncate(self.bytes.len() - ZEROES.len());
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), SnapshotError> {
+        self.file
+            .write_all_at(&self.bytes, self.start)
+            .map_err(SnapshotError::Memory)?;
+        self.bytes.clear();
+        Ok(())
+    }
 }
 
 /// Whether `file` holds the `size` bytes of memory that were saved with `id`.
@@ -180,41 +332,6 @@ pub(crate) fn extents(
     Ok(found)
 }
 
-fn write_region(
-    region: &vm_memory::GuestRegionMmap<()>,
-    file: &File,
-    start: u64,
-) -> Result<(), SnapshotError> {
-    let pages = usize::try_from(region.len() / PAGE).map_err(|_| SnapshotError::Guest)?;
-    let mut resident = vec![0u8; pages];
-    // SAFETY: the range is one whole mapping of this process, and the vector has one byte for each of its pages.
-    let result = unsafe {
-        libc::mincore(
-            region.as_ptr().cast(),
-            pages * PAGE as usize,
-            resident.as_mut_ptr(),
-        )
-    };
-    if result != 0 {
-        return Err(SnapshotError::Memory(std::io::Error::last_os_error()));
-    }
-    let mut page = [0u8; PAGE as usize];
-    for (index, _) in (0u64..)
-        .zip(&resident)
-        .filter(|(_, flags)| **flags & 1 != 0)
-    {
-        let offset = index * PAGE;
-        region
-            .read_slice(&mut page, MemoryRegionAddress(offset))
-            .map_err(|_| SnapshotError::Guest)?;
-        if page.iter().any(|byte| *byte != 0) {
-            file.write_all_at(&page, start + offset)
-                .map_err(SnapshotError::Memory)?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Seek, SeekFrom};
@@ -224,6 +341,7 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
+    use crate::arch::boot_params::Range;
 
     fn scratch() -> File {
         let fd = memfd_create("snapshot", MemfdFlags::CLOEXEC).unwrap();
@@ -239,6 +357,7 @@ mod tests {
             clock: kvm_clock_data::default(),
             ioapic: IoapicState::default(),
             transports: Vec::new(),
+            running: None,
         }
     }
 
@@ -295,7 +414,7 @@ mod tests {
             .write_slice(b"high", GuestAddress((1 << 30) + 0x7000))
             .unwrap();
         let file = scratch();
-        let id = write_memory(&memory, &file).unwrap();
+        let id = Content::new(None).unwrap().write(&memory, &file).unwrap();
         check_memory(&file, 2 << 20, &id).unwrap();
         assert!(check_memory(&file, 1 << 20, &id).is_err());
         assert!(check_memory(&file, 2 << 20, &MemoryId::default()).is_err());
@@ -304,5 +423,38 @@ mod tests {
         assert_eq!(&word, b"high");
         use std::os::unix::fs::MetadataExt;
         assert!(file.metadata().unwrap().blocks() * 512 <= 5 * PAGE);
+    }
+
+    #[test]
+    fn what_a_restored_guest_has_not_touched_is_saved_again() {
+        let range = Range {
+            start: 0,
+            size: 1 << 20,
+        };
+        let first = scratch();
+        for page in [3u64, 4, 200] {
+            let text = format!("page {page}");
+            first.write_all_at(text.as_bytes(), page * PAGE).unwrap();
+        }
+        first.set_len(1 << 20).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        crate::memory::map_file(&memory, range, &first, 0).unwrap();
+        memory.write_slice(b"new", GuestAddress(4 * PAGE)).unwrap();
+        memory.write_slice(b"far", GuestAddress(9 * PAGE)).unwrap();
+        memory
+            .write_slice(&[0; PAGE as usize], GuestAddress(200 * PAGE))
+            .unwrap();
+        let second = scratch();
+        let content = Content::new(Some(first)).unwrap();
+        content.write(&memory, &second).unwrap();
+        let text = |page: u64| {
+            let mut text = [0; 6];
+            second.read_exact_at(&mut text, page * PAGE).unwrap();
+            String::from_utf8(text.to_vec()).unwrap()
+        };
+        assert_eq!(text(3), "page 3");
+        assert_eq!(text(4), "newe 4");
+        assert_eq!(text(9), "far\0\0\0");
+        assert_eq!(text(200), "\0\0\0\0\0\0");
     }
 }

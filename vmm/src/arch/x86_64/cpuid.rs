@@ -35,6 +35,48 @@ pub(crate) fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
     cpuid
 }
 
+/// Structured extended features: leaf 7; XSAVE: leaf 13.
+const MORE_FEATURES: u32 = 7;
+const XSAVE: u32 = 0xd;
+const AMD_FEATURES: u32 = 0x8000_0001;
+const VENDOR: u32 = 0;
+
+/// Whether a guest that was told `saved` can go on where KVM supports `host`: the same vendor, family and model, and
+/// no feature missing. The error names what differs.
+pub(crate) fn check(saved: &[kvm_cpuid_entry2], host: &CpuId) -> Result<(), &'static str> {
+    for entry in saved {
+        let same = |other: &&kvm_cpuid_entry2| {
+            (other.function, other.index) == (entry.function, entry.index)
+        };
+        let found = host.as_slice().iter().find(same);
+        let found = found.copied().unwrap_or_default();
+        let lacks = |saved: u32, host: u32| saved & !host != 0;
+        match (entry.function, entry.index) {
+            (VENDOR, _)
+                if (entry.ebx, entry.ecx, entry.edx) != (found.ebx, found.ecx, found.edx) =>
+            {
+                return Err("vendor");
+            }
+            (FEATURES, _) if entry.eax != found.eax => return Err("family, model or stepping"),
+            (FEATURES | AMD_FEATURES, _)
+                if lacks(entry.ecx, found.ecx) || lacks(entry.edx, found.edx) =>
+            {
+                return Err("features");
+            }
+            (MORE_FEATURES, _)
+                if lacks(entry.ebx, found.ebx)
+                    || lacks(entry.ecx, found.ecx)
+                    || lacks(entry.edx, found.edx) =>
+            {
+                return Err("extended features");
+            }
+            (XSAVE, 0) if lacks(entry.eax, found.eax) => return Err("FPU state"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Bits of an APIC id that number the cores of a socket.
 fn core_bits(count: u32) -> u32 {
     u32::BITS - (count - 1).leading_zeros()
@@ -78,6 +120,28 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u32, count: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_moves_to_hosts_that_have_what_it_was_told() {
+        let leaf = |function, eax, ecx| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ecx,
+            ..Default::default()
+        };
+        let saved = [leaf(VENDOR, 0, 7), leaf(FEATURES, 0x306a9, 0b0110)];
+        let host = |vendor, model, features| {
+            CpuId::from_entries(&[leaf(VENDOR, 0, vendor), leaf(FEATURES, model, features)])
+                .unwrap()
+        };
+        assert_eq!(check(&saved, &host(7, 0x306a9, 0b0110)), Ok(()));
+        assert_eq!(check(&saved, &host(7, 0x306a9, 0b1111)), Ok(()));
+        let features = check(&saved, &host(7, 0x306a9, 0b0010));
+        assert_eq!(features, Err("features"));
+        assert!(check(&saved, &host(7, 0x306aa, 0b0110)).is_err());
+        assert_eq!(check(&saved, &host(8, 0x306a9, 0b0110)), Err("vendor"));
+        assert!(check(&saved, &CpuId::from_entries(&[]).unwrap()).is_err());
+    }
 
     #[test]
     fn identity_and_topology_are_per_vcpu() {

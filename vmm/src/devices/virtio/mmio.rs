@@ -295,6 +295,13 @@ impl MmioTransport {
         }
     }
 
+    /// Lets the driver of an active device look at its queues, whether there is something or not.
+    pub(crate) fn raise_again(&self) {
+        if lock(&self.state).status & status::DRIVER_OK != 0 {
+            self.interrupt.used_buffer();
+        }
+    }
+
     fn read_register(&self, offset: u64) -> u32 {
         match offset {
             register::MAGIC_VALUE => return MAGIC,

@@ -118,16 +118,8 @@ impl Stream {
 
 impl Passthrough {
     pub(super) fn opendir(&self, node: NodeId) -> Result<abi::OpenOut, Errno> {
-        let directory = self.inodes.directory(node)?;
         self.directories.check_room()?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let file = self.self_fd.reopen(directory.as_fd(), flags)?;
-        let stat = self_fd::stat(&file)?;
-        let open = OpenDirectory {
-            file: Arc::new(file),
-            device: (stat.stx_dev_major, stat.stx_dev_minor),
-            stream: Mutex::default(),
-        };
+        let open = self.open_directory(node)?;
         // The guest drops what it has cached of a directory when it changes it or sees that its times have changed.
         let open_flags = if self.inodes.nature(node)?.private {
             abi::FOPEN_CACHE_DIR | abi::FOPEN_KEEP_CACHE
@@ -138,6 +130,18 @@ impl Passthrough {
             fh: self.directories.add(node, open)?,
             open_flags,
             backing_id: 0,
+        })
+    }
+
+    pub(super) fn open_directory(&self, node: NodeId) -> Result<OpenDirectory, Errno> {
+        let directory = self.inodes.directory(node)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let file = self.self_fd.reopen(directory.as_fd(), flags)?;
+        let stat = self_fd::stat(&file)?;
+        Ok(OpenDirectory {
+            file: Arc::new(file),
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            stream: Mutex::default(),
         })
     }
 

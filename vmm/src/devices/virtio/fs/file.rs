@@ -27,11 +27,19 @@ const HOST_FLAGS: OFlags = OFlags::RWMODE
     .union(OFlags::NOATIME);
 
 #[derive(Debug)]
-pub(super) struct OpenFile(OwnedFd);
+pub(super) struct OpenFile {
+    file: OwnedFd,
+    /// What it was opened with, for a snapshot.
+    flags: OFlags,
+}
 
 impl OpenFile {
     pub(super) fn file(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
+    }
+
+    pub(super) fn flags(&self) -> u32 {
+        self.flags.bits()
     }
 }
 
@@ -61,20 +69,28 @@ impl Passthrough {
         } else {
             open()?
         };
-        self.opened(node, file)
+        self.opened(node, file, flags)
     }
 
-    fn opened(&self, node: NodeId, file: OwnedFd) -> Result<abi::OpenOut, Errno> {
+    /// Opens a file of a snapshot again.
+    pub(super) fn open_again(&self, path: BorrowedFd<'_>, flags: u32) -> Result<OpenFile, Errno> {
+        let flags = host_flags(flags)?;
+        let file = self.self_fd.reopen(path, flags)?;
+        Ok(OpenFile { file, flags })
+    }
+
+    fn opened(&self, node: NodeId, file: OwnedFd, flags: OFlags) -> Result<abi::OpenOut, Errno> {
         // What the guest has of the data is good if the file is as it was at the last open: then nobody but the guest
         // has written, and its writes go through its page cache.
         let version = Version::of(&self_fd::stat(&file)?);
+        let flags = flags & HOST_FLAGS;
         let open_flags = if self.inodes.is_unchanged(node, version) {
             abi::FOPEN_KEEP_CACHE
         } else {
             0
         };
         Ok(abi::OpenOut {
-            fh: self.files.add(node, OpenFile(file))?,
+            fh: self.files.add(node, OpenFile { file, flags })?,
             open_flags,
             backing_id: 0,
         })
@@ -101,7 +117,7 @@ impl Passthrough {
             Ok(file) => {
                 let stat = self_fd::stat(&file)?;
                 let entry = self.entry_of(&directory, name, &stat)?;
-                let open = self.opened(entry.nodeid, file);
+                let open = self.opened(entry.nodeid, file, flags);
                 self.with_entry(entry, open)
             }
             Err(Errno::EXIST) if input.flags & libc::O_EXCL.cast_unsigned() == 0 => {
@@ -140,7 +156,7 @@ impl Passthrough {
             .learn_mount(&stat, || self.self_fd.reopen(file.as_fd(), OFlags::PATH))?;
         let (node, nature) = self.inodes.add_nameless(parent, &stat, path)?;
         let entry = self.entry_out(node, nature, &stat);
-        let open = self.opened(node, file);
+        let open = self.opened(node, file, flags);
         self.with_entry(entry, open)
     }
 

@@ -77,6 +77,29 @@ impl<T> Handles<T> {
         Ok(())
     }
 
+    /// The number of the next handle, and what is open.
+    pub(super) fn list(&self) -> (u64, Vec<(u64, NodeId, Arc<T>)>) {
+        let table = self.table();
+        let open = table.open.iter();
+        let open = open.map(|(handle, (node, file))| (*handle, *node, file.clone()));
+        (table.next, open.collect())
+    }
+
+    /// Handles of a snapshot: below `next`, each once, no more than there may be.
+    pub(super) fn restore(&self, next: u64, files: Vec<(u64, NodeId, T)>) -> Result<(), Errno> {
+        let count = files.len();
+        let open: HashMap<_, _> = files
+            .into_iter()
+            .map(|(handle, node, file)| (handle, (node, Arc::new(file))))
+            .collect();
+        let known = open.keys().all(|handle| (1..next).contains(handle));
+        if !known || open.len() != count || count > self.limit {
+            return Err(Errno::INVAL);
+        }
+        *self.table() = Table { open, next };
+        Ok(())
+    }
+
     pub(super) fn clear(&self) {
         let open = std::mem::take(&mut self.table().open);
         drop(open);

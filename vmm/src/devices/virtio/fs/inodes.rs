@@ -9,6 +9,8 @@
 //!
 //! So the number of open descriptors is bounded whatever the guest walks over, and the table can be rebuilt from names.
 
+mod saved;
+
 use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, CString};
@@ -21,6 +23,7 @@ use rustix::io::Errno;
 use super::abi::ROOT_ID;
 use super::inert::Inert;
 use super::self_fd;
+pub(super) use saved::SavedInodes;
 
 /// A node id of the FUSE protocol.
 pub(super) type NodeId = u64;
@@ -100,6 +103,21 @@ struct Node {
     path: Option<Arc<OwnedFd>>,
     recently_used: bool,
     version: Option<Version>,
+}
+
+impl Node {
+    fn new(identity: Identity, nature: Nature, lookups: u64) -> Node {
+        Node {
+            identity,
+            nature,
+            lookups,
+            children: 0,
+            place: None,
+            path: None,
+            recently_used: false,
+            version: None,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -259,20 +277,30 @@ impl Inodes {
             node.lookups = node.lookups.saturating_add(1);
             return Ok((id, node.nature));
         }
-        let parent = table.nodes.get(&directory).ok_or(Errno::STALE)?;
-        let private = if directory == ROOT_ID {
-            self.private.iter().any(|private| **private == *name)
-        } else {
-            parent.nature.private && parent.identity.mount == identity.mount
-        };
         let nature = Nature {
             file_type: self_fd::file_type(stat),
             inert,
-            private,
+            private: self.is_private(&table, directory, name, identity)?,
         };
         let id = table.insert(identity, nature, self.limits)?;
         table.set_place(id, Some(place), self.limits);
         Ok((id, nature))
+    }
+
+    /// Whether a file of this name is in a tree that belongs to the container alone.
+    fn is_private(
+        &self,
+        table: &Table,
+        directory: NodeId,
+        name: &CStr,
+        identity: Identity,
+    ) -> Result<bool, Errno> {
+        let parent = table.nodes.get(&directory).ok_or(Errno::STALE)?;
+        Ok(if directory == ROOT_ID {
+            self.private.iter().any(|private| **private == *name)
+        } else {
+            parent.nature.private && parent.identity.mount == identity.mount
+        })
     }
 
     /// The guest is told of a file that has no name yet.
@@ -469,19 +497,7 @@ impl Table {
         let id = self.next;
         self.next += 1;
         self.by_identity.insert(identity, id);
-        self.nodes.insert(
-            id,
-            Node {
-                identity,
-                nature,
-                lookups: 1,
-                children: 0,
-                place: None,
-                path: None,
-                recently_used: false,
-                version: None,
-            },
-        );
+        self.nodes.insert(id, Node::new(identity, nature, 1));
         Ok(id)
     }
 

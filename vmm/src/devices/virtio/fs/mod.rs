@@ -16,6 +16,7 @@ mod inodes;
 mod name;
 mod passthrough;
 mod request;
+mod saved;
 mod self_fd;
 mod server;
 #[cfg(any(test, fuzzing))]
@@ -32,9 +33,11 @@ use std::sync::Arc;
 
 use rustix::process::{Resource, getrlimit};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+use virtio_queue::QueueState;
 
 use super::{ActivateError, Activation, GuestFault, Kicks, VirtioDevice};
 use passthrough::Budget;
+pub(crate) use saved::{SavedFiles, SavedFilesError};
 use server::Server;
 use worker::Workers;
 
@@ -92,6 +95,29 @@ impl Fs {
         self.workers = Some(Workers::start(THREADS, &self.server)?);
         Ok(())
     }
+
+    /// Returns when nothing is being done for the guest, and nothing is until [`release`](Self::release).
+    pub(crate) fn hold(&self) {
+        if let Some(workers) = &self.workers {
+            workers.hold();
+        }
+    }
+
+    pub(crate) fn release(&self) {
+        if let Some(workers) = &self.workers {
+            workers.release();
+        }
+    }
+
+    /// What the guest knows and has open, while the device is held.
+    pub(crate) fn save_files(&self) -> Result<SavedFiles, SavedFilesError> {
+        self.server.save()
+    }
+
+    /// Opens again, below the root that was plugged, what the guest had open.
+    pub(crate) fn restore_files(&self, saved: &SavedFiles) -> Result<(), SavedFilesError> {
+        self.server.restore(saved)
+    }
 }
 
 impl VirtioDevice for Fs {
@@ -127,6 +153,10 @@ impl VirtioDevice for Fs {
 
     fn process_queue(&mut self, _index: usize) -> Result<(), GuestFault> {
         Ok(())
+    }
+
+    fn queues(&self) -> Option<Vec<QueueState>> {
+        self.workers.as_ref()?.queues()
     }
 
     fn reset(&mut self) {

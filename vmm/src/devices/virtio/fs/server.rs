@@ -16,6 +16,7 @@ use super::credentials::Credentials;
 use super::file::LARGEST_TRANSFER;
 use super::passthrough::{Budget, Passthrough};
 use super::request::{self, Operation};
+use super::saved::{SavedFiles, SavedFilesError};
 use super::self_fd::SelfFd;
 use super::xattr::Attribute;
 use crate::devices::virtio::chain::{Reader, TooShort, Writer};
@@ -110,6 +111,30 @@ impl Server {
             // On failure the old state stays until INIT, which fails in the same way.
             let _ = share.reset();
         }
+    }
+
+    pub(super) fn save(&self) -> Result<SavedFiles, SavedFilesError> {
+        match self.share.get() {
+            Some(share) => share.save(self.connected.load(Ordering::Acquire)),
+            None => Ok(SavedFiles::default()),
+        }
+    }
+
+    /// In a thread of its own, prepared as those that serve requests.
+    pub(super) fn restore(&self, saved: &SavedFiles) -> Result<(), SavedFilesError> {
+        let Some(share) = self.share.get() else {
+            return Err(SavedFilesError::Damaged);
+        };
+        let restore = || -> Result<(), SavedFilesError> {
+            self.task().map_err(SavedFilesError::Thread)?;
+            share.restore(saved)
+        };
+        std::thread::scope(|scope| match scope.spawn(restore).join() {
+            Ok(result) => result,
+            Err(_) => Err(SavedFilesError::Damaged),
+        })?;
+        self.connected.store(saved.connected, Ordering::Release);
+        Ok(())
     }
 
     #[cfg(test)]

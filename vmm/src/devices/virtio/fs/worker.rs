@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::server::{Server, Task};
@@ -66,12 +66,18 @@ impl Workers {
         pool.exit.wanted.store(false, Ordering::Release);
         // Left by the reset before. Not readable after the first activation.
         let _ = pool.exit.event.read();
+        let queue_count = activation.queues.len();
         let active = activation.queues.into_iter().enumerate();
         let queues = active
             .filter(|(_, active)| active.queue.ready())
             .map(|(index, active)| SharedQueue {
                 index,
-                queue: Mutex::new(active.queue),
+                progress: Mutex::new(Progress {
+                    queue: active.queue,
+                    in_flight: 0,
+                    held: false,
+                }),
+                settled: Condvar::new(),
                 kick: active.kick,
             })
             .collect();
@@ -82,6 +88,7 @@ impl Workers {
             interrupt: activation.interrupt,
             exit: pool.exit.clone(),
             leadership: Mutex::new(()),
+            queue_count,
         };
         let mut shift = lock(&pool.shift);
         shift.number += 1;
@@ -100,6 +107,50 @@ impl Workers {
         while shift.busy > 0 || shift.forget {
             shift = wait(&pool.changed, shift);
         }
+    }
+}
+
+impl Workers {
+    /// Returns when no request is being served. None is from then on, until [`release`](Self::release).
+    pub(super) fn hold(&self) {
+        let Some(worker) = self.worker() else {
+            return;
+        };
+        for shared in &worker.queues {
+            lock(&shared.progress).held = true;
+        }
+        for shared in &worker.queues {
+            let mut progress = lock(&shared.progress);
+            while progress.in_flight > 0 {
+                progress = shared
+                    .settled
+                    .wait(progress)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    pub(super) fn release(&self) {
+        for shared in self.worker().iter().flat_map(|worker| &worker.queues) {
+            lock(&shared.progress).held = false;
+            // What came meanwhile. The counter is not at its maximum, or somebody is about to look anyway.
+            let _ = shared.kick.write(1);
+        }
+    }
+
+    /// How far the queues have been served. None: the driver has left some of them disabled.
+    pub(super) fn queues(&self) -> Option<Vec<QueueState>> {
+        let worker = self.worker()?;
+        let queues = worker.queues.iter();
+        let states: Vec<_> = queues
+            .map(|shared| lock(&shared.progress).queue.state())
+            .collect();
+        (states.len() == worker.queue_count).then_some(states)
+    }
+
+    /// Of the driver that is ready, if one is.
+    fn worker(&self) -> Option<Arc<Worker>> {
+        lock(&self.pool.shift).worker.clone()
     }
 }
 
@@ -208,8 +259,20 @@ impl Exit {
 #[derive(Debug)]
 struct SharedQueue {
     index: usize,
-    queue: Mutex<Queue>,
+    progress: Mutex<Progress>,
+    /// Signalled when the last request under way is done while the queue is held.
+    settled: Condvar,
     kick: Arc<EventFd>,
+}
+
+/// What the threads of an active device have in common.
+#[derive(Debug)]
+struct Progress {
+    queue: Queue,
+    /// Requests that were taken and not completed.
+    in_flight: usize,
+    /// No more requests are to be taken.
+    held: bool,
 }
 
 /// What the threads of an active device have in common.
@@ -221,6 +284,8 @@ struct Worker {
     interrupt: Interrupt,
     exit: Arc<Exit>,
     leadership: Mutex<()>,
+    /// With those that the driver has left disabled.
+    queue_count: usize,
 }
 
 /// Held by the thread that leads; `None` when it has handed over.
@@ -323,7 +388,11 @@ impl Worker {
                     return Ok(());
                 }
             }
-            let more = lock(&shared.queue).enable_notification(&self.memory);
+            let mut progress = lock(&shared.progress);
+            if progress.held {
+                return Ok(());
+            }
+            let more = progress.queue.enable_notification(&self.memory);
             if !more.map_err(|source| shared.fault(source))? {
                 return Ok(());
             }
@@ -331,15 +400,26 @@ impl Worker {
     }
 
     fn next(&self, shared: &SharedQueue) -> Result<Option<Chain<'_>>, GuestFault> {
-        let mut queue = lock(&shared.queue);
-        queue
+        let mut progress = lock(&shared.progress);
+        if progress.held {
+            return Ok(None);
+        }
+        progress
+            .queue
             .disable_notification(&self.memory)
             .map_err(|source| shared.fault(source))?;
-        chain::pop(shared.index, &mut queue, &self.memory)
+        let chain = chain::pop(shared.index, &mut progress.queue, &self.memory)?;
+        progress.in_flight += usize::from(chain.is_some());
+        Ok(chain)
     }
 
     fn complete(&self, shared: &SharedQueue, head: u16, written: usize) -> Result<(), GuestFault> {
-        let mut queue = lock(&shared.queue);
+        let mut progress = lock(&shared.progress);
+        progress.in_flight -= 1;
+        if progress.held && progress.in_flight == 0 {
+            shared.settled.notify_all();
+        }
+        let queue = &mut progress.queue;
         // A reply is at most as long as its chain, and that is less than 4 GiB.
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         queue

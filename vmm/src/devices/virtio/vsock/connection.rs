@@ -5,6 +5,8 @@
 //! told by a SHUTDOWN packet. When both directions are over the guest is done with, and what remains is to bring
 //! the bytes in the outlet's buffer to the host.
 
+use serde::{Deserialize, Serialize};
+
 use super::super::chain::{Reader, Writer};
 use super::host::HostFd;
 use super::packet::{
@@ -36,7 +38,26 @@ pub(super) struct Connection {
     pub(super) unflushed: bool,
 }
 
-#[derive(Debug)]
+/// A stream without its host end, for a snapshot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SavedStream {
+    pub(super) port: u32,
+    state: State,
+    /// Whether the host's input had not ended, and whether its output was still of use.
+    input: bool,
+    output: bool,
+    /// What the guest has sent and the host has not taken.
+    buffer: Vec<u8>,
+}
+
+impl SavedStream {
+    /// Within the bounds that a connection keeps.
+    pub(super) fn is_sound(&self) -> bool {
+        self.buffer.len() <= BUF_ALLOC as usize
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
 enum State {
     /// The guest may connect.
     Announced,
@@ -46,7 +67,7 @@ enum State {
 }
 
 /// The guest's end.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Link {
     peer_port: u32,
     credit: Credit,
@@ -100,7 +121,7 @@ impl Link {
 
 /// How much the guest has room for. Its numbers are claims: whatever it says, the host sends no more than fits the
 /// buffers that the guest posted, so that a lie only hurts the guest.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 struct Credit {
     buf_alloc: u32,
     fwd_cnt: u32,
@@ -141,6 +162,41 @@ impl Connection {
             outlet: output.map(|(fd, token)| Outlet::new(fd, token)),
             queued: false,
             unflushed: false,
+        }
+    }
+
+    pub(super) fn save(&self) -> SavedStream {
+        SavedStream {
+            port: self.port,
+            state: self.state.clone(),
+            input: self.inlet.is_some(),
+            output: self.outlet.is_some(),
+            buffer: self.outlet.as_ref().map(Outlet::buffer).unwrap_or_default(),
+        }
+    }
+
+    /// A saved stream goes on with new descriptors of the host. Directions that were over stay so.
+    pub(super) fn resume(
+        saved: SavedStream,
+        serial: u32,
+        input: Option<(HostFd, u64)>,
+        output: Option<(HostFd, u64)>,
+    ) -> Connection {
+        let input = input.filter(|_| saved.input);
+        let output = output.filter(|_| saved.output);
+        let mut connection = Connection::new(saved.port, serial, input, output);
+        connection.state = saved.state;
+        if let Some(outlet) = &mut connection.outlet {
+            outlet.preload(saved.buffer);
+        }
+        connection
+    }
+
+    /// Waits for the host's input, if the guest is connected.
+    pub(super) fn watch_input(&mut self) -> std::io::Result<()> {
+        match (&self.state, &mut self.inlet) {
+            (State::Connected(_), Some(inlet)) => inlet.watch(self.input_token),
+            _ => Ok(()),
         }
     }
 
@@ -260,11 +316,7 @@ impl Connection {
 
     fn connect(&mut self, request: &Header) -> Answer {
         self.state = State::Connected(Link::new(request));
-        let watched = match &mut self.inlet {
-            Some(inlet) => inlet.watch(self.input_token),
-            None => Ok(()),
-        };
-        match watched {
+        match self.watch_input() {
             Ok(()) => Answer::Nothing,
             Err(error) => {
                 log::warn!("vsock port {}: cannot wait for input: {error}", self.port);

@@ -20,6 +20,7 @@ use super::chain::{self, Reader};
 use super::{ActivateError, Activation, ActiveQueue, GuestFault, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 use muxer::Muxer;
+pub(crate) use muxer::SavedStreams;
 use packet::{HEADER_LEN, Header};
 
 /// virtio 1.2, 5.10.1.
@@ -98,6 +99,20 @@ impl Vsock {
     /// Ports of streams that are over since the last call: the host has all bytes and its descriptors are closed.
     pub(crate) fn take_closed(&mut self) -> Vec<u32> {
         self.muxer.take_closed()
+    }
+
+    pub(crate) fn save_streams(&self) -> SavedStreams {
+        self.muxer.save()
+    }
+
+    /// The streams of a snapshot wait for `accept_stream`. False: they cannot be those of one.
+    pub(crate) fn restore_streams(&mut self, saved: SavedStreams) -> bool {
+        self.muxer.restore(saved)
+    }
+
+    /// No more streams of a snapshot are going to be accepted.
+    pub(crate) fn abandon_unclaimed(&mut self) {
+        self.muxer.abandon_unclaimed();
     }
 
     /// Moves packets both ways until neither side has any, or the turn is over.

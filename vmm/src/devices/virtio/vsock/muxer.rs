@@ -7,10 +7,11 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use serde::{Deserialize, Serialize};
 
 use super::super::chain::{Reader, Writer};
 use super::HostStream;
-use super::connection::{Answer, Connection};
+use super::connection::{Answer, Connection, SavedStream};
 use super::host::{HostFd, Interest};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 
@@ -26,6 +27,13 @@ const PORT_ANY: u32 = u32::MAX;
 /// Event data of `again`. No stream has it, because its port would be [`PORT_ANY`].
 const AGAIN: u64 = u64::MAX;
 
+/// All streams and what the guest has still to be told, for a snapshot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct SavedStreams {
+    streams: Vec<SavedStream>,
+    replies: Vec<Header>,
+}
+
 #[derive(Debug)]
 pub(super) struct Muxer {
     guest_cid: u64,
@@ -34,6 +42,8 @@ pub(super) struct Muxer {
     again: OwnedFd,
     /// By port of the host.
     connections: BTreeMap<u32, Connection>,
+    /// Streams of a snapshot that have no host end yet.
+    saved: BTreeMap<u32, SavedStream>,
     /// Tells a stream from an earlier one of the same port in events that are late.
     serial: u32,
     /// Packets that belong to no connection (any more).
@@ -56,6 +66,7 @@ impl Muxer {
             epoll: Arc::new(epoll),
             again,
             connections: BTreeMap::new(),
+            saved: BTreeMap::new(),
             serial: 0,
             replies: VecDeque::new(),
             turns: VecDeque::new(),
@@ -87,9 +98,45 @@ impl Muxer {
         };
         let input = host_fd(stream.input, Interest::Input)?;
         let output = host_fd(stream.output, Interest::Output)?;
-        let connection = Connection::new(port, serial, input, output);
+        let Some(saved) = self.saved.remove(&port) else {
+            let connection = Connection::new(port, serial, input, output);
+            self.connections.insert(port, connection);
+            return Ok(());
+        };
+        let mut connection = Connection::resume(saved, serial, input, output);
+        connection.watch_input()?;
         self.connections.insert(port, connection);
+        self.with(port, Connection::flush);
         Ok(())
+    }
+
+    pub(super) fn save(&self) -> SavedStreams {
+        SavedStreams {
+            streams: self.connections.values().map(Connection::save).collect(),
+            replies: self.replies.iter().copied().collect(),
+        }
+    }
+
+    /// Takes over the streams of a snapshot. Each goes on when [`accept_stream`](Self::accept_stream) gives it a host
+    /// end. False: they are not those of a snapshot.
+    pub(super) fn restore(&mut self, saved: SavedStreams) -> bool {
+        let count = saved.streams.len();
+        let sound = saved.streams.iter().all(SavedStream::is_sound);
+        self.replies = saved.replies.into();
+        self.saved = saved
+            .streams
+            .into_iter()
+            .map(|stream| (stream.port, stream))
+            .collect();
+        sound && self.saved.len() == count && count <= MAX_CONNECTIONS && !self.is_congested()
+    }
+
+    /// The guest's ends of streams that got no host end are reset.
+    pub(super) fn abandon_unclaimed(&mut self) {
+        for saved in std::mem::take(&mut self.saved).into_values() {
+            let mut connection = Connection::resume(saved, 0, None, None);
+            self.replies.extend(connection.reset_packet(self.guest_cid));
+        }
     }
 
     pub(super) fn close_stream(&mut self, port: u32) {

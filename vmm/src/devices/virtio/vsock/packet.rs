@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The header of a vsock packet: virtio 1.2, 5.10.6.
 
+use serde::{Deserialize, Serialize};
+
 /// Well-known CID of the host (virtio 1.2, 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
 
@@ -30,7 +32,7 @@ pub(super) mod op {
 }
 
 /// `struct virtio_vsock_hdr`, in the byte order of the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Header {
     pub(super) src_cid: u64,
     pub(super) dst_cid: u64,

@@ -77,6 +77,16 @@ impl Outlet {
         self.buffer.len()
     }
 
+    /// What the host has not taken yet.
+    pub(super) fn buffer(&self) -> Vec<u8> {
+        self.buffer.iter().copied().collect()
+    }
+
+    /// Begins with bytes that an earlier outlet of the stream has left.
+    pub(super) fn preload(&mut self, bytes: Vec<u8>) {
+        self.buffer = bytes.into();
+    }
+
     /// Takes `len` bytes of `payload`, which has them: straight to the host where possible, else into the buffer.
     /// `flush` at the end of the batch writes what should not wait for more.
     pub(super) fn accept(&mut self, payload: &mut Reader<'_>, len: usize) -> io::Result<()> {
