@@ -13,6 +13,7 @@ use agent_protocol::{
     encode,
 };
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// Bytes taken from the agent in one turn of the loop, so that a flood cannot starve the others.
 const READ: usize = 64 << 10;
@@ -67,7 +68,41 @@ pub struct AgentClient<T> {
     pending: BTreeMap<u64, Pending<T>>,
 }
 
+/// Where a connection was, for a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedClient {
+    next: u64,
+    /// Requests whose answers nobody waits for any more.
+    abandoned: Vec<u64>,
+    /// The beginning of a message.
+    received: Vec<u8>,
+}
+
 impl<T> AgentClient<T> {
+    /// Goes on where a saved connection was.
+    pub fn resume(socket: OwnedFd, saved: SavedClient) -> Self {
+        let mut client = AgentClient::new(socket);
+        client.next = saved.next;
+        client.reader.push(&saved.received);
+        let abandoned = saved.abandoned.into_iter();
+        client.pending = abandoned
+            .map(|number| {
+                let (asked, deadline) = (None, None);
+                (number, Pending { asked, deadline })
+            })
+            .collect();
+        client
+    }
+
+    /// None: somebody waits for an answer, or a request is still on its way.
+    pub fn save(&self) -> Option<SavedClient> {
+        let waits = self.pending.values().any(|pending| pending.asked.is_some());
+        (!waits && self.outgoing.is_empty()).then(|| SavedClient {
+            next: self.next,
+            abandoned: self.pending.keys().copied().collect(),
+            received: self.reader.pending().to_vec(),
+        })
+    }
     /// `socket` is a non-blocking stream.
     pub fn new(socket: OwnedFd) -> Self {
         AgentClient {
@@ -306,6 +341,29 @@ mod tests {
         assert_eq!(client.deadline(), None);
         guest.write_all(&reply(1, Ok(Reply::Done))).unwrap();
         assert_eq!(client.receive().unwrap(), []);
+    }
+
+    #[test]
+    fn a_saved_connection_goes_on_in_the_middle_of_a_message() {
+        let (mut client, mut guest) = pair();
+        let late = Some(Instant::now());
+        client.send(Request::Shutdown, "late", late).unwrap();
+        assert!(client.save().is_none(), "an answer is missing");
+        client.overdue(Instant::now());
+        let event = encode(&FromAgent::Event(Event::Ready { version: 1 })).unwrap();
+        guest.write_all(&event[..3]).unwrap();
+        assert_eq!(client.receive().unwrap(), []);
+        let saved = client.save().unwrap();
+
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        host.set_nonblocking(true).unwrap();
+        let mut client = AgentClient::resume(host.into(), saved);
+        guest.write_all(&event[3..]).unwrap();
+        guest.write_all(&reply(1, Ok(Reply::Done))).unwrap();
+        let event = Incoming::Event(Event::Ready { version: 1 });
+        assert_eq!(client.receive().unwrap(), [event]);
+        client.send(Request::Shutdown, "next", None).unwrap();
+        assert_eq!(read_request(&mut guest).number, 2);
     }
 
     #[test]

@@ -54,6 +54,13 @@ pub enum Request {
     },
     Pause,
     Resume,
+    /// Saves the VM to a state and a memory file, which come with the message. It stands still after that, until the
+    /// same connection says how it goes on, or ends.
+    Checkpoint,
+    /// After [`Request::Checkpoint`]: it goes on.
+    Thaw,
+    /// After [`Request::Checkpoint`]: it ends here. Not answered.
+    End,
     Update(CgroupPlan),
     /// Answered by [`Reply::Usage`].
     Usage,
@@ -151,7 +158,13 @@ impl Client {
 
     /// For requests whose only good answer is [`Reply::Done`].
     pub fn command(&mut self, request: &Request, deadline: Option<Instant>) -> Result<(), Error> {
-        match self.ask(request, deadline)? {
+        self.send(request, &[])?;
+        self.expect_done(deadline)
+    }
+
+    /// Waits for [`Reply::Done`].
+    pub fn expect_done(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        match self.receive(deadline)? {
             Reply::Done => Ok(()),
             _ => Err(Error::OutOfTurn),
         }

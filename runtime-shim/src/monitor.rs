@@ -3,6 +3,7 @@
 //! container's network namespace and cgroup, carries its stdio, stands in for it when signals come,
 //! and ends with its exit status.
 
+mod checkpoint;
 pub mod container;
 mod event_loop;
 pub mod launch;
@@ -11,18 +12,20 @@ mod wording;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use agent_protocol::CONTROL_PORT;
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::thread::set_name;
-use vmm::{HostStream, Machine, VmConfig};
+use vmm::{HostStream, Machine, SnapshotFiles, VmConfig};
 
+use crate::agent_client::AgentClient;
 use crate::channel::Channel;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
 use crate::{console, control, logging, sandbox, signal_fd, stages, stdio};
+use checkpoint::Checkpoint;
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -60,7 +63,7 @@ fn take_order(mut creator: Channel) -> Result<(Channel, Order, Vec<OwnedFd>), io
         .receive(Some(Instant::now() + ORDER))
         .map_err(io::Error::other)?;
     let files = creator
-        .take_fds(FILES.len() + usize::from(order.terminal))
+        .take_fds(FILES.len() + usize::from(order.terminal) + 2 * usize::from(order.restore))
         .map_err(io::Error::other)?;
     Ok((creator, order, files))
 }
@@ -95,22 +98,22 @@ fn set_up(
     stages::mark("spawn");
     let owner = rustix::process::geteuid().as_raw();
     let setup = at(Stage::Setup);
-    let files = Files::sort(files).map_err(&setup)?;
+    let files = Files::sort(files, order.terminal, order.restore).map_err(&setup)?;
     control::take_over(files.listener.as_fd()).map_err(&setup)?;
     leave_caller(order.oom_score_adj).map_err(&setup)?;
     vmm::report_violations(logging::from_signal_handler).map_err(&setup)?;
     let signals = signal_fd::take().map_err(&setup)?;
     let terminal = files.terminal;
-    let streams = take_streams(terminal.as_ref()).map_err(&setup)?;
+    let streams = take_streams(terminal.as_ref(), order.restore).map_err(&setup)?;
     enter_network(&order.network)?;
     tell(creator, Report::Namespaces)?;
 
     tell(creator, Report::Stage(Stage::Machine))?;
     let console = console().map_err(&setup)?;
     // Before the jail: the file server needs a look at /proc.
-    let template = match console {
-        Some(_) => None,
-        None => VmTemplate::find(&order.vm, &files.kernel, &files.initramfs),
+    let template = match (&console, !order.restore) {
+        (None, true) => VmTemplate::find(&order.vm, &files.kernel, &files.initramfs),
+        _ => None,
     };
     let config = || -> io::Result<VmConfig> {
         Ok(VmConfig {
@@ -122,7 +125,22 @@ fn set_up(
             command_line: console.iter().map(|_| "loglevel=7".to_owned()).collect(),
         })
     };
-    let (mut machine, draft) = make_machine(config, template)?;
+    let shares: Vec<String> = order
+        .shares
+        .iter()
+        .map(|share| share.name.clone())
+        .collect();
+    let (mut machine, draft, checkpoint) = match files.checkpoint {
+        Some(checkpoint) => {
+            let config = config().map_err(at(Stage::Machine))?;
+            let (machine, checkpoint) = restore_machine(config, checkpoint, &shares)?;
+            (machine, None, Some(checkpoint))
+        }
+        None => {
+            let (machine, draft) = make_machine(config, template)?;
+            (machine, draft, None)
+        }
+    };
     if let Some(console) = console {
         machine.echo_console(console);
     }
@@ -137,31 +155,59 @@ fn set_up(
         guest.process.terminal = Some(size);
     }
     let root = sandbox::enter(&order.shares, order.open_files).map_err(at(Stage::Jail))?;
+    let sharing = match checkpoint {
+        Some(_) => Stage::Restore,
+        None => Stage::Machine,
+    };
     machine
         .share_files(root, &["rootfs"])
-        .map_err(at(Stage::Machine))?;
+        .map_err(at(sharing))?;
     let agent = connect_agent(&mut machine)?;
     stages::mark("vm");
     tell(creator, Report::Stage(Stage::Boot))?;
-    let template = Template {
-        id: order.id,
-        guest,
-        start: order.start,
-        streams,
-        deadlines: order.deadlines,
+    let agent_heard = checkpoint.is_some();
+    let now = Instant::now();
+    let (agent, (container, first)) = match checkpoint {
+        Some(checkpoint) => (
+            AgentClient::resume(agent, checkpoint.agent),
+            Container::restore(checkpoint.container, streams, order.deadlines, now)
+                .map_err(at(Stage::Restore))?,
+        ),
+        None => {
+            let template = Template {
+                id: order.id,
+                guest,
+                start: order.start,
+                streams,
+                deadlines: order.deadlines,
+            };
+            (AgentClient::new(agent), Container::new(template, now))
+        }
     };
-    let (container, first) = Container::new(template, Instant::now());
     Ok(Some(Parts {
         machine,
         draft,
         agent,
+        agent_heard,
         container,
         first,
         listener: files.listener,
         signals,
         terminal,
         owner,
+        shares,
     }))
+}
+
+/// The machine of a checkpoint, and what else is in there.
+fn restore_machine(
+    config: VmConfig,
+    files: SnapshotFiles,
+    shares: &[String],
+) -> Result<(Machine, Checkpoint), Failure> {
+    let (machine, owner) = Machine::restore_running(config, files).map_err(at(Stage::Restore))?;
+    let checkpoint = Checkpoint::decode(&owner, shares).map_err(at(Stage::Restore))?;
+    Ok((machine, checkpoint))
 }
 
 /// Restores the template, or boots and makes it.
@@ -214,10 +260,11 @@ struct Files {
     kernel: File,
     initramfs: File,
     terminal: Option<OwnedFd>,
+    checkpoint: Option<SnapshotFiles>,
 }
 
 impl Files {
-    fn sort(files: Vec<OwnedFd>) -> io::Result<Files> {
+    fn sort(files: Vec<OwnedFd>, terminal: bool, restore: bool) -> io::Result<Files> {
         let mut files = files.into_iter();
         let mut next = |name: &str| {
             let missing = || io::Error::other(format!("{name} was not passed on"));
@@ -229,7 +276,17 @@ impl Files {
             kvm: next(kvm)?.into(),
             kernel: next(kernel)?.into(),
             initramfs: next(initramfs)?.into(),
-            terminal: files.next(),
+            terminal: match terminal {
+                true => Some(next("terminal")?),
+                false => None,
+            },
+            checkpoint: match restore {
+                true => Some(SnapshotFiles {
+                    state: next("state of the checkpoint")?.into(),
+                    memory: next("memory of the checkpoint")?.into(),
+                }),
+                false => None,
+            },
         })
     }
 }
@@ -244,8 +301,13 @@ fn leave_caller(oom_score_adj: Option<i32>) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies of the streams of the init process. What the caller gave is let go of.
-fn take_streams(terminal: Option<&OwnedFd>) -> io::Result<Streams> {
+/// Copies of the streams of the init process. What the caller gave is let go of. A restored process may have streams
+/// where this caller has none: what it writes to them goes nowhere, but must not fail.
+fn take_streams(terminal: Option<&OwnedFd>, restore: bool) -> io::Result<Streams> {
+    let output = |fd: BorrowedFd<'_>| match stdio::stream(fd)? {
+        None if restore => stdio::null().map(Some),
+        stream => Ok(stream),
+    };
     let streams = match terminal {
         Some(terminal) => {
             // Its window changes come as signals then.
@@ -257,8 +319,8 @@ fn take_streams(terminal: Option<&OwnedFd>) -> io::Result<Streams> {
         }
         None => Streams::Separate {
             stdin: stdio::stream(rustix::stdio::stdin())?,
-            stdout: stdio::stream(rustix::stdio::stdout())?,
-            stderr: stdio::stream(rustix::stdio::stderr())?,
+            stdout: output(rustix::stdio::stdout())?,
+            stderr: output(rustix::stdio::stderr())?,
         },
     };
     stdio::detach()?;

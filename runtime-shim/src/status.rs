@@ -79,6 +79,13 @@ impl Status {
         }
     }
 
+    pub fn can_checkpoint(self) -> Result<(), StatusError> {
+        match self {
+            Status::Running | Status::Paused => Ok(()),
+            _ => Err(StatusError::Checkpoint(self)),
+        }
+    }
+
     pub fn can_resume(self) -> Result<(), StatusError> {
         match self {
             Status::Paused => Ok(()),
@@ -114,6 +121,8 @@ pub enum StatusError {
     NotRunning,
     #[error("container not running or created: {0}")]
     Pause(Status),
+    #[error("Container cannot be checkpointed in {0} state")]
+    Checkpoint(Status),
     #[error("container not paused")]
     NotPaused,
     #[error("cannot delete container {id} that is not stopped: {status}")]

@@ -66,11 +66,19 @@ pub fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 
 /// Lets go of the caller's streams, so that nobody waits for them to be closed on our account.
 pub fn detach() -> io::Result<()> {
-    let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let null = null()?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
     Ok(())
+}
+
+pub fn null() -> io::Result<OwnedFd> {
+    Ok(open(
+        "/dev/null",
+        OFlags::RDWR | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
 }
 
 /// The path by which this process reaches one of its own descriptors.

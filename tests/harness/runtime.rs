@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -160,7 +161,41 @@ impl Runtime {
             id,
             output,
             errors,
-            bundle,
+            bundle: Arc::new(bundle),
+        })
+    }
+
+    /// A container that goes on from the checkpoint in `image`, in the bundle of the one that was saved.
+    pub fn restore(&self, of: &Container<'_>, image: &Path) -> Result<Container<'_>, Outcome> {
+        let id = new_id();
+        let output = of.bundle.path().join(format!("stdout-{id}"));
+        let errors = of.bundle.path().join(format!("stderr-{id}"));
+        let mut command = self.command();
+        command
+            .arg("--log")
+            .arg(of.bundle.path().join("log"))
+            .args(["restore", "--detach", "--image-path"])
+            .arg(image)
+            .arg("-b")
+            .arg(of.bundle.path())
+            .arg(&id)
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(&output).unwrap())
+            .stderr(fs::File::create(&errors).unwrap());
+        let status = wait(command.spawn().expect("the runtime starts"));
+        if status != 0 {
+            return Err(Outcome {
+                status,
+                stdout: fs::read(&output).unwrap(),
+                stderr: fs::read_to_string(&errors).unwrap(),
+            });
+        }
+        Ok(Container {
+            runtime: self,
+            id,
+            output,
+            errors,
+            bundle: of.bundle.clone(),
         })
     }
 }
@@ -187,12 +222,16 @@ pub struct Container<'a> {
     id: String,
     output: PathBuf,
     errors: PathBuf,
-    bundle: Bundle,
+    bundle: Arc<Bundle>,
 }
 
 impl Container<'_> {
     pub fn bundle(&self) -> &Bundle {
         &self.bundle
+    }
+
+    pub fn runtime(&self) -> &Runtime {
+        self.runtime
     }
 
     pub fn id(&self) -> &str {

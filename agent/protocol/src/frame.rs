@@ -57,6 +57,11 @@ impl FrameReader {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// The bytes that have not come out as messages yet.
+    pub fn pending(&self) -> &[u8] {
+        &self.buffer[self.taken..]
+    }
+
     /// The next whole message, if there is one.
     #[allow(
         clippy::should_implement_trait,

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use agent_protocol::WindowSize;
+use vmm::SnapshotFiles;
 
 use super::Error;
 use crate::bundle::Bundle;
@@ -49,6 +50,8 @@ pub struct Wanted<'a> {
     pub mode: Mode,
     /// Where signals that end the process arrive.
     pub signals: BorrowedFd<'a>,
+    /// It goes on from here.
+    pub checkpoint: Option<&'a SnapshotFiles>,
 }
 
 /// A container that has come into being. Its monitor is killed when this is dropped.
@@ -72,6 +75,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Create) -> Result<u8, Err
         options: &arguments.options,
         mode: Mode::Create,
         signals: signals.as_fd(),
+        checkpoint: None,
     };
     let created = create(wanted)?;
     created.monitor.release();
@@ -284,6 +288,7 @@ fn give_order(
         start: wanted.mode != Mode::Create,
         hooks: has_create_hooks(&plan.host),
         terminal: terminal.is_some(),
+        restore: wanted.checkpoint.is_some(),
         deadlines: Deadlines::from_environment(),
     };
     let mut descriptors = vec![
@@ -293,6 +298,9 @@ fn give_order(
         files.initramfs.as_fd(),
     ];
     descriptors.extend(terminal.map(|terminal| terminal.0.slave.as_fd()));
+    if let Some(SnapshotFiles { state, memory }) = wanted.checkpoint {
+        descriptors.extend([state.as_fd(), memory.as_fd()]);
+    }
     Ok(monitor.order(&order, &descriptors)?)
 }
 

@@ -77,7 +77,7 @@ fn features() -> Value {
         "annotations": {
             "io.github.seccomp.libseccomp.version": seccomp,
             "io.sandbox.version": env!("CARGO_PKG_VERSION"),
-            "org.opencontainers.runc.checkpoint.enabled": "false",
+            "org.opencontainers.runc.checkpoint.enabled": "true",
         },
         "potentiallyUnsafeConfigAnnotations": [plan::ANNOTATION_PREFIX],
     })

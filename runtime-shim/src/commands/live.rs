@@ -15,7 +15,7 @@ use crate::identity::Identity;
 use crate::monitor::launch::wait_for_end;
 use crate::monitor::order::Deadlines;
 use crate::status::StatusError;
-use crate::store::{Store, StoreError};
+use crate::store::{State, Store, StoreError};
 
 /// How long a monitor that was killed may take to be gone.
 const END: Duration = Duration::from_secs(10);
@@ -120,6 +120,14 @@ pub fn end_unknown(store: &Store, id: &str) -> Result<(), Error> {
         return Ok(());
     }
     end(store, id, process)
+}
+
+/// Waits for a monitor that is ending.
+pub fn wait_for_end_of(state: &State) -> Result<(), Error> {
+    match state.process.open() {
+        Some(monitor) if !gone(&monitor, END)? => Err(Error::StillThere(state.process.pid)),
+        _ => Ok(()),
+    }
 }
 
 fn gone(monitor: &OwnedFd, within: Duration) -> Result<bool, Error> {

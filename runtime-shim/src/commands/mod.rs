@@ -2,6 +2,7 @@
 //! One module a verb. Each returns the exit status of the process.
 
 mod check;
+mod checkpoint;
 mod completion;
 pub mod create;
 mod delete;
@@ -18,6 +19,7 @@ mod live;
 mod monitor;
 mod pause;
 mod ps;
+mod restore;
 mod resume;
 mod run;
 mod spec;
@@ -77,6 +79,8 @@ pub enum Error {
     MountPoint(#[from] MountPointError),
     #[error(transparent)]
     PidFile(#[from] PidFileError),
+    #[error(transparent)]
+    Image(#[from] checkpoint::ImageError),
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
     #[error("guest file {path}", path = .0.display())]
@@ -157,6 +161,8 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Pause(arguments) => pause::run(&store, &arguments.id),
         Command::Resume(arguments) => resume::run(&store, &arguments.id),
         Command::Update(arguments) => update::run(&store, arguments),
+        Command::Checkpoint(arguments) => checkpoint::run(&store, &cli.global, arguments),
+        Command::Restore(arguments) => restore::run(&store, &cli.global, arguments),
         Command::Spec(arguments) => spec::run(arguments),
         Command::Features => features::run(),
         Command::Check(arguments) => check::run(arguments, &store),

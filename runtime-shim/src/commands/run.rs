@@ -31,7 +31,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
     } else {
         Mode::Foreground
     };
-    let mut created = create(Wanted {
+    let created = create(Wanted {
         global,
         store,
         bundle: &target.bundle,
@@ -39,9 +39,35 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
         options: &arguments.options,
         mode,
         signals: signals.as_fd(),
+        checkpoint: None,
     })?;
-    let started = wait_for_start(&mut created, signals.as_fd());
-    if started.is_ok() && arguments.detach {
+    let end = End {
+        detach: arguments.detach,
+        keep: arguments.keep,
+    };
+    see_through(store, global, created, &end, signals.as_fd())
+}
+
+/// What becomes of a container that runs.
+#[derive(Debug, Clone, Copy)]
+pub struct End {
+    /// It is left alone.
+    pub detach: bool,
+    /// It is not deleted when it has ended.
+    pub keep: bool,
+}
+
+/// Waits for the start, and unless detached for the end.
+pub fn see_through(
+    store: &Store,
+    global: &Global,
+    mut created: Created,
+    end: &End,
+    signals: BorrowedFd<'_>,
+) -> Result<u8, Error> {
+    let id = created.container.id().to_owned();
+    let started = wait_for_start(&mut created, signals);
+    if started.is_ok() && end.detach {
         created.monitor.release();
         return Ok(0);
     }
@@ -55,10 +81,10 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
     drop(container);
     let ended = started.and_then(|()| {
         let relay = terminal.map(Relay::start).transpose()?;
-        attend(&mut monitor, relay, signals.as_fd())
+        attend(&mut monitor, relay, signals)
     });
     drop(monitor);
-    let deleted = if arguments.keep && ended.is_ok() {
+    let deleted = if end.keep && ended.is_ok() {
         Ok(())
     } else {
         delete_ended(store, global, &id)

@@ -5,6 +5,7 @@
 //! entropy, so all of it is tested without a VM.
 
 mod action;
+mod checkpoint;
 mod ending;
 mod exec;
 mod signals;
@@ -20,6 +21,7 @@ use agent_protocol::{
 };
 
 pub use action::{Action, Asked, Verb};
+pub use checkpoint::{RestoreError, SavedContainer};
 pub use streams::Streams;
 
 use super::order::{Deadlines, Failure, Report, Stage};
@@ -27,6 +29,7 @@ use super::wording::start_error;
 use crate::agent_client::Incoming;
 use crate::control::{Reply, Request};
 use action::{answer, refuse, reply};
+use checkpoint::Hold;
 use exec::Exec;
 use streams::{FIRST_PORT, streams};
 
@@ -59,6 +62,8 @@ enum Phase {
     Creating,
     Created,
     Starting,
+    /// It was running when it was saved.
+    Restoring,
     Running,
     /// The init process has ended.
     Ending {
@@ -95,6 +100,7 @@ pub struct Container {
     execs: BTreeMap<u32, Exec>,
     next_exec: u32,
     listeners: BTreeSet<Verb>,
+    hold: Option<Hold>,
     killed: bool,
     /// The agent tells of the end of a process when its output is on its way. After a SIGKILL that
     /// must not depend on a reader.
@@ -125,6 +131,7 @@ impl Container {
             execs: BTreeMap::new(),
             next_exec: INIT + 1,
             listeners: BTreeSet::new(),
+            hold: None,
             killed: false,
             cut_at: None,
             flush_until: None,
@@ -181,24 +188,15 @@ impl Container {
         let Some(guest) = self.guest.take() else {
             return Vec::new();
         };
-        let mut entropy = vec![0; 64];
-        if let Err(error) =
-            rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
-        {
-            return self.fail_host(Stage::Create, format!("entropy for the guest: {error}"));
-        }
+        let prepare = match self.prepare(now) {
+            Ok(prepare) => prepare,
+            Err(error) => return self.fail_host(Stage::Create, error),
+        };
         self.phase = Phase::Creating;
         let deadline = Some(now + self.deadlines.request);
         vec![
             Action::Report(Report::Stage(Stage::Create)),
-            Action::Ask {
-                request: AgentRequest::Prepare {
-                    clock: clock(),
-                    entropy,
-                },
-                asked: Asked::Prepare,
-                deadline,
-            },
+            prepare,
             Action::Ask {
                 request: AgentRequest::Create {
                     container: self.id.clone(),
@@ -209,6 +207,21 @@ impl Container {
                 deadline,
             },
         ]
+    }
+
+    /// Time and entropy of its own, before anything of a container runs.
+    fn prepare(&self, now: Instant) -> Result<Action, String> {
+        let mut entropy = vec![0; 64];
+        rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| format!("entropy for the guest: {error}"))?;
+        Ok(Action::Ask {
+            request: AgentRequest::Prepare {
+                clock: clock(),
+                entropy,
+            },
+            asked: Asked::Prepare,
+            deadline: Some(now + self.deadlines.request),
+        })
     }
 
     fn ask_start(&self, verb: Option<Verb>, now: Instant) -> Action {
@@ -239,6 +252,11 @@ impl Container {
             (Asked::Exec(process), result) => self.exec_started(process, result, now),
             (Asked::Pause(verb), result) => self.pause_changed(verb, true, result),
             (Asked::Resume(verb), result) => self.pause_changed(verb, false, result),
+            (Asked::Freeze, result) => self.frozen(result.err()),
+            (Asked::Restored, Ok(_)) => self.restored(),
+            (Asked::Restored, Err(error)) => {
+                self.fail_guest(format!("resume the container: {error}"))
+            }
             (Asked::Verb(verb), result) => vec![answer(verb, reply(result))],
             (Asked::Kill(verb), result) => {
                 if result.is_ok() {
@@ -378,6 +396,9 @@ impl Container {
             Request::Resume => self.ask_live(verb, Asked::Resume(verb), now, |container| {
                 AgentRequest::Resume { container }
             }),
+            Request::Checkpoint => self.checkpoint(verb, fds, now),
+            Request::Thaw => self.thaw(verb, now),
+            Request::End => self.end_frozen(verb),
             Request::Update(cgroup) => self.ask_live(verb, Asked::Verb(verb), now, |container| {
                 AgentRequest::Update { container, cgroup }
             }),
@@ -390,7 +411,7 @@ impl Container {
     fn is_live(&self) -> bool {
         matches!(
             self.phase,
-            Phase::Created | Phase::Starting | Phase::Running
+            Phase::Created | Phase::Starting | Phase::Restoring | Phase::Running
         )
     }
 
@@ -417,7 +438,7 @@ impl Container {
                 self.phase = Phase::Starting;
                 vec![self.ask_start(Some(verb), now)]
             }
-            Phase::Starting | Phase::Running => {
+            Phase::Starting | Phase::Restoring | Phase::Running => {
                 vec![refuse(verb, "cannot start an already running container")]
             }
             Phase::Ending { .. } => vec![refuse(verb, "cannot start a container that has stopped")],
@@ -433,6 +454,9 @@ impl Container {
     /// A verb has closed its connection. With it goes the process that it stood for.
     pub fn verb_gone(&mut self, verb: Verb, now: Instant) -> Vec<Action> {
         self.listeners.remove(&verb);
+        if self.holds(verb) {
+            return self.let_go(now);
+        }
         let Some(process) = self.exec_of(verb) else {
             return Vec::new();
         };
@@ -470,6 +494,10 @@ impl Container {
                 }];
                 actions.extend(self.exec_started(process, Err(late("start the process")), now));
                 actions
+            }
+            Asked::Freeze => self.frozen(Some(late("pause the container"))),
+            Asked::Restored => {
+                self.fail_guest("the agent did not resume the container in time".into())
             }
             Asked::Pause(verb) | Asked::Resume(verb) | Asked::Verb(verb) => {
                 vec![answer(verb, Reply::Failed(late("answer")))]

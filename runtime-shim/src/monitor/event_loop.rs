@@ -8,8 +8,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use vmm::{Machine, MachineEvent, ThreadKind};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use vmm::{Machine, MachineEvent, SnapshotFiles, ThreadKind};
 
+use super::checkpoint::Checkpoint;
 use super::container::{Action, Asked, Container, Verb};
 use super::order::{Failure, Report, chain};
 use crate::agent_client::AgentClient;
@@ -72,7 +75,9 @@ pub struct Parts {
     pub machine: Machine,
     /// The template that the machine is to fill.
     pub draft: Option<Draft>,
-    pub agent: OwnedFd,
+    pub agent: AgentClient<Asked>,
+    /// The guest was up when the machine was restored.
+    pub agent_heard: bool,
     pub container: Container,
     /// What the container wants done before the guest boots.
     pub first: Vec<Action>,
@@ -82,6 +87,8 @@ pub struct Parts {
     pub terminal: Option<OwnedFd>,
     /// The user beside root whose verbs are accepted.
     pub owner: u32,
+    /// Names of what the guest may see of the host's files.
+    pub shares: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -100,6 +107,7 @@ pub struct EventLoop {
     signals: OwnedFd,
     terminal: Option<OwnedFd>,
     owner: u32,
+    shares: Vec<String>,
     verbs: BTreeMap<Verb, Channel>,
     next_verb: Verb,
 }
@@ -118,8 +126,8 @@ impl EventLoop {
         Ok(EventLoop {
             epoll,
             machine: parts.machine,
-            agent: AgentClient::new(parts.agent),
-            agent_heard: false,
+            agent: parts.agent,
+            agent_heard: parts.agent_heard,
             draft: parts.draft,
             agent_waits_to_write: false,
             container: parts.container,
@@ -129,6 +137,7 @@ impl EventLoop {
             signals: parts.signals,
             terminal: parts.terminal,
             owner: parts.owner,
+            shares: parts.shares,
             verbs: BTreeMap::new(),
             next_verb: 0,
         })
@@ -380,6 +389,8 @@ impl EventLoop {
             }
             Action::Reset { port } => self.machine.close_stream(port),
             Action::Answer { verb, reply } => return Ok(self.answer(verb, &reply)),
+            Action::Save { files } => return Ok(self.save(files)),
+            Action::Thaw => self.machine.thaw(),
             Action::Hangup { verb } => drop(self.verbs.remove(&verb)),
             Action::Report(report) => {
                 match report {
@@ -392,6 +403,50 @@ impl EventLoop {
             Action::Exit(status) => return Err(Exit(status)),
         }
         Ok(Vec::new())
+    }
+
+    /// What the agent has said before the machine stood still is heard first: it is not said again.
+    fn save(&mut self, files: SnapshotFiles) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let mut result = self.machine.freeze().map_err(|error| chain(&error));
+        if result.is_ok() {
+            result = self
+                .hear_agent(&mut actions)
+                .and_then(|()| self.write_checkpoint(files));
+        }
+        actions.extend(self.container.saved(result, Instant::now()));
+        actions
+    }
+
+    /// Takes all that is there, which is bounded: the guest says no more.
+    fn hear_agent(&mut self, actions: &mut Vec<Action>) -> Result<(), String> {
+        let now = Instant::now();
+        loop {
+            let mut fds = [PollFd::new(&self.agent, PollFlags::IN)];
+            match poll(&mut fds, Some(&Timespec::default())) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(format!("wait for the agent: {error}")),
+            }
+            let heard = self.agent.receive().map_err(|error| chain(&error))?;
+            for message in heard {
+                actions.extend(self.container.from_agent(message, now));
+            }
+        }
+    }
+
+    fn write_checkpoint(&mut self, files: SnapshotFiles) -> Result<(), String> {
+        let container = self.container.save().ok_or("container not running")?;
+        let agent = self.agent.save();
+        let checkpoint = Checkpoint {
+            container,
+            agent: agent.ok_or("the guest is busy with another request")?,
+            shares: self.shares.clone(),
+        };
+        let owner = checkpoint.encode().map_err(|error| chain(&error))?;
+        let saved = self.machine.save(files, owner);
+        saved.map_err(|error| chain(&error))
     }
 
     fn answer(&mut self, verb: Verb, reply: &Reply) -> Vec<Action> {
@@ -436,6 +491,7 @@ fn next_request(channel: &mut Channel) -> Result<Option<(Request, Vec<OwnedFd>)>
     };
     let count = match &request {
         Request::Exec { stdio, .. } => stdio.count(),
+        Request::Checkpoint => 2,
         _ => 0,
     };
     Ok(Some((request, channel.take_fds(count)?)))

@@ -25,6 +25,8 @@ pub struct Order {
     pub hooks: bool,
     /// The slave of a terminal comes with the order; otherwise the inherited streams are used.
     pub terminal: bool,
+    /// The state and memory files of a checkpoint come with the order, last.
+    pub restore: bool,
     pub deadlines: Deadlines,
 }
 
@@ -89,6 +91,7 @@ pub enum Stage {
     Boot,
     Create,
     Start,
+    Restore,
     Run,
 }
 
@@ -101,6 +104,7 @@ impl std::fmt::Display for Stage {
             Stage::Boot => "booting the guest",
             Stage::Create => "creating the container in the guest",
             Stage::Start => "starting the container's process",
+            Stage::Restore => "restoring the container",
             Stage::Run => "running",
         })
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use agent_protocol::{AgentError, ErrorKind, Reply as AgentReply, Request as AgentRequest};
-use vmm::HostStream;
+use vmm::{HostStream, SnapshotFiles};
 
 use crate::control::Reply;
 use crate::monitor::order::Report;
@@ -37,6 +37,12 @@ pub enum Action {
     Hangup {
         verb: Verb,
     },
+    /// Stop the machine and save it. It stays stopped.
+    Save {
+        files: SnapshotFiles,
+    },
+    /// Let the machine go on.
+    Thaw,
     Report(Report),
     /// End the process and with it the VM.
     Exit(u8),
@@ -52,6 +58,10 @@ pub enum Asked {
     Exec(u32),
     Pause(Verb),
     Resume(Verb),
+    /// Pause for a checkpoint.
+    Freeze,
+    /// Resume after a restore.
+    Restored,
     /// The verb gets the answer as it is.
     Verb(Verb),
     /// SIGKILL for the init process.

@@ -154,6 +154,7 @@ impl Container {
             Phase::Booting { .. } => Stage::Boot,
             Phase::Creating => Stage::Create,
             Phase::Created | Phase::Starting => Stage::Start,
+            Phase::Restoring => Stage::Restore,
             Phase::Running | Phase::Ending { .. } => Stage::Run,
         }
     }

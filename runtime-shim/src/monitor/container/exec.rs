@@ -41,6 +41,12 @@ impl Container {
             let text = "cannot exec in a paused container (use --ignore-paused to override)";
             return vec![refuse(verb, text)];
         }
+        if self.hold.is_some() {
+            return vec![refuse(
+                verb,
+                "cannot exec in a container that is being saved",
+            )];
+        }
         let (Some(number), None) = (self.free_number(), self.exec_of(verb)) else {
             return vec![refuse(verb, "one exec a connection")];
         };

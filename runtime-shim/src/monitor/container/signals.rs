@@ -37,7 +37,7 @@ impl Container {
             Phase::Booting { .. } | Phase::Creating | Phase::Created => {
                 self.signal_before_start(verb, signal)
             }
-            Phase::Starting | Phase::Running => vec![Action::Ask {
+            Phase::Starting | Phase::Restoring | Phase::Running => vec![Action::Ask {
                 request: self.ask_signal(INIT, signal, all),
                 asked: match (kill, verb) {
                     (true, verb) => Asked::Kill(verb),

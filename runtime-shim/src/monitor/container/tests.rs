@@ -156,6 +156,8 @@ fn words(actions: &[Action]) -> Vec<String> {
             format!("failed: {}", message.unwrap_or_default())
         }
         Action::Report(report) => format!("report {report:?}"),
+        Action::Save { .. } => "save".to_owned(),
+        Action::Thaw => "thaw".to_owned(),
         Action::Exit(status) => format!("exit {status}"),
     };
     actions.iter().map(word).collect()
@@ -559,4 +561,103 @@ fn descriptors_have_to_be_as_many_as_announced() {
     };
     let actions = container.request(1, request, Vec::new(), NOW());
     assert_eq!(words(&actions), ["1: exec without its file descriptors"]);
+}
+
+fn checkpoint(container: &mut Container, verb: Verb) -> Vec<String> {
+    words(&container.request(verb, Request::Checkpoint, vec![null(), null()], NOW()))
+}
+
+#[test]
+fn a_checkpoint_pauses_saves_and_waits_for_its_verb() {
+    let mut container = running();
+    assert_eq!(checkpoint(&mut container, 5), ["ask Pause"]);
+    assert_eq!(
+        checkpoint(&mut container, 6),
+        ["6: another checkpoint is being made"]
+    );
+    assert_eq!(
+        exec(&mut container, 7),
+        ["7: cannot exec in a container that is being saved"]
+    );
+    let actions = container.from_agent(done(Asked::Freeze), NOW());
+    assert_eq!(words(&actions), ["save"]);
+    assert!(container.save().is_some());
+    assert_eq!(words(&container.saved(Ok(()), NOW())), ["5: Done"]);
+    let actions = container.request(5, Request::Thaw, Vec::new(), NOW());
+    assert_eq!(words(&actions), ["thaw", "ask Resume", "5: Done"]);
+
+    // One whose verb ends it.
+    checkpoint(&mut container, 8);
+    container.from_agent(done(Asked::Freeze), NOW());
+    container.saved(Ok(()), NOW());
+    let actions = container.request(9, Request::End, Vec::new(), NOW());
+    assert_eq!(words(&actions), ["9: no checkpoint has been made"]);
+    let actions = container.request(8, Request::End, Vec::new(), NOW());
+    assert_eq!(words(&actions), ["exit 137"]);
+}
+
+#[test]
+fn a_checkpoint_without_its_verb_is_as_if_there_was_none() {
+    let mut container = running();
+    checkpoint(&mut container, 5);
+    assert_eq!(words(&container.verb_gone(5, NOW())), [""; 0]);
+    let actions = container.from_agent(done(Asked::Freeze), NOW());
+    assert_eq!(words(&actions), ["ask Resume"]);
+
+    checkpoint(&mut container, 6);
+    container.from_agent(done(Asked::Freeze), NOW());
+    container.saved(Ok(()), NOW());
+    let actions = container.verb_gone(6, NOW());
+    assert_eq!(words(&actions), ["thaw", "ask Resume"]);
+
+    checkpoint(&mut container, 7);
+    container.from_agent(done(Asked::Freeze), NOW());
+    let actions = container.saved(Err("disk full".into()), NOW());
+    assert_eq!(words(&actions), ["thaw", "ask Resume", "7: disk full"]);
+}
+
+#[test]
+fn only_a_running_container_without_sessions_is_saved() {
+    let mut container = created();
+    assert_eq!(checkpoint(&mut container, 5), ["5: container not running"]);
+    let mut container = running();
+    exec(&mut container, 6);
+    assert_eq!(
+        checkpoint(&mut container, 7),
+        ["7: a container with exec sessions cannot be saved, end them first"]
+    );
+}
+
+#[test]
+fn a_restored_container_goes_on_after_it_got_time_and_entropy() {
+    let saved = running().save().unwrap();
+    let streams = Streams::Separate {
+        stdin: Some(null()),
+        stdout: Some(null()),
+        stderr: None,
+    };
+    let restored = Container::restore(saved.clone(), streams, Deadlines::default(), NOW());
+    let (mut container, actions) = restored.unwrap();
+    assert_eq!(
+        words(&actions),
+        [
+            "report Stage(Restore)",
+            "accept 1024",
+            "ask Prepare",
+            "ask Resume"
+        ]
+    );
+    container.from_agent(done(Asked::Prepare), NOW());
+    let actions = container.from_agent(done(Asked::Restored), NOW());
+    assert_eq!(words(&actions), ["report Created", "report Started"]);
+    assert_eq!(exec(&mut container, 3), ["accept 1025", "ask Exec 1"]);
+    let actions = container.from_agent(exited("c", 0, 4), NOW());
+    assert_eq!(words(&actions), ["ask Shutdown"]);
+
+    let terminal = Streams::Terminal {
+        input: null(),
+        output: null(),
+    };
+    let error = Container::restore(saved, terminal, Deadlines::default(), NOW()).unwrap_err();
+    assert!(error.to_string().contains("must be false"), "{error}");
 }
