@@ -190,6 +190,9 @@ pub enum Command {
     /// Start a container from a checkpoint
     #[command(display_order = 16)]
     Restore(Box<Restore>),
+    /// Look after the booted guests that containers start from
+    #[command(display_order = 17, subcommand)]
+    Template(Template),
     /// Write a config.json to start from
     #[command(display_order = 17)]
     Spec(Spec),
@@ -236,6 +239,7 @@ impl Command {
             Command::Mounts(_) => "mounts",
             Command::Checkpoint(_) => "checkpoint",
             Command::Restore(_) => "restore",
+            Command::Template(_) => "template",
             Command::Spec(_) => "spec",
             Command::Features => "features",
             Command::Check(_) => "check",
@@ -272,6 +276,9 @@ pub struct CreateOptions {
     /// Pass this many further file descriptors to the container
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
+    /// Boot the guest instead of restoring a booted one
+    #[arg(long)]
+    pub no_template: bool,
     #[arg(long, hide = true)]
     pub no_pivot: bool,
     #[arg(long, hide = true)]
@@ -670,6 +677,53 @@ pub struct CriuOptions {
     pub empty_ns: Vec<String>,
     #[arg(long, hide = true)]
     pub auto_dedup: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Template {
+    /// Make the template that containers without limits start from, or one of another size
+    Create(TemplateCreate),
+    /// List templates
+    #[command(alias = "ls")]
+    List(TemplateList),
+    /// Remove templates; containers that run from them are not disturbed
+    #[command(alias = "rm")]
+    Remove(TemplateRemove),
+    /// Remove what no container can start from any more
+    Prune,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateCreate {
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u8>,
+    /// Guest memory in MiB
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateList {
+    #[arg(
+        long,
+        short,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT",
+        help = "Output format"
+    )]
+    pub format: TableFormat,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateRemove {
+    /// Remove all
+    #[arg(long, short)]
+    pub all: bool,
+    /// Names as `template list` shows them
+    #[arg(value_name = "NAME", required_unless_present = "all")]
+    pub names: Vec<String>,
 }
 
 #[derive(Debug, Args)]

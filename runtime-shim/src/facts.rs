@@ -15,15 +15,23 @@ impl HostFacts {
     pub fn gather(bundle: &Bundle) -> HostFacts {
         let mounts = bundle.spec.mounts().as_deref().unwrap_or_default();
         HostFacts {
+            bind_sources: mounts
+                .iter()
+                .map(|mount| bind_source(&bundle.directory, mount))
+                .collect(),
+            ..HostFacts::of_machine()
+        }
+    }
+
+    /// Without any bundle.
+    pub fn of_machine() -> HostFacts {
+        HostFacts {
             cpus: std::thread::available_parallelism()
                 .ok()
                 .and_then(|cpus| u32::try_from(cpus.get()).ok())
                 .unwrap_or(1),
             memory_mib: memory_mib(),
-            bind_sources: mounts
-                .iter()
-                .map(|mount| bind_source(&bundle.directory, mount))
-                .collect(),
+            bind_sources: Vec::new(),
         }
     }
 }

@@ -111,7 +111,7 @@ fn set_up(
     tell(creator, Report::Stage(Stage::Machine))?;
     let console = console().map_err(&setup)?;
     // Before the jail: the file server needs a look at /proc.
-    let template = match (&console, !order.restore) {
+    let template = match (&console, order.template && !order.restore) {
         (None, true) => VmTemplate::find(&order.vm, &files.kernel, &files.initramfs),
         _ => None,
     };

@@ -10,9 +10,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, renameat, unlinkat};
+use rustix::io::Errno;
+use serde::Serialize;
 use vmm::SnapshotFiles;
 
 use crate::identity;
@@ -34,6 +36,19 @@ pub struct Template {
     name: String,
 }
 
+/// A template as a listing shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Entry {
+    pub name: String,
+    pub vcpus: u8,
+    pub memory_mib: u64,
+    /// Bytes on disk.
+    pub size: u64,
+    /// Whether a container can start from it: made in this boot, of this program and these guest files.
+    pub usable: bool,
+}
+
 /// The files of a template that is being made, under names that nobody looks for. Removed on drop.
 #[derive(Debug)]
 pub struct Draft {
@@ -44,33 +59,151 @@ pub struct Draft {
     memory: File,
 }
 
+/// Where templates are kept. None: they are off.
+pub fn path() -> Option<PathBuf> {
+    match std::env::var_os(VARIABLE) {
+        Some(value) if value == "off" => None,
+        Some(path) => Some(PathBuf::from(path)),
+        None if rustix::process::geteuid().is_root() => Some(PathBuf::from(DIRECTORY)),
+        None => None,
+    }
+}
+
+/// The start of the names of all templates that can be used in this boot of the host with these guest files: the boot,
+/// and what they were made from.
+fn usable(kernel: &File, initramfs: &File) -> io::Result<(String, String)> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let mut hasher = DefaultHasher::new();
+    for file in [kernel, initramfs, &File::open("/proc/self/exe")?] {
+        let metadata = file.metadata()?;
+        (metadata.dev(), metadata.ino(), metadata.len()).hash(&mut hasher);
+        (metadata.mtime(), metadata.mtime_nsec()).hash(&mut hasher);
+    }
+    let boot: String = boot.chars().filter(char::is_ascii_hexdigit).collect();
+    let prefix = format!("{boot}-{:016x}", hasher.finish());
+    Ok((boot, prefix))
+}
+
+/// All templates.
+pub fn list(path: &Path, kernel: &File, initramfs: &File) -> io::Result<Vec<Entry>> {
+    let directory = open_directory(path)?;
+    let (_, prefix) = usable(kernel, initramfs)?;
+    let mut entries = Vec::new();
+    for name in names(&directory)? {
+        let Some(name) = name.strip_suffix(".memory") else {
+            continue;
+        };
+        let Some((made_from, vcpus, memory_mib)) = parse(name) else {
+            continue;
+        };
+        let template = Template {
+            directory: directory.try_clone()?,
+            boot: String::new(),
+            name: name.to_owned(),
+        };
+        let metadata = rustix::fs::statat(
+            &directory,
+            format!("{name}.memory"),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
+        entries.push(Entry {
+            name: name.to_owned(),
+            vcpus,
+            memory_mib,
+            size: u64::try_from(metadata.st_blocks).unwrap_or(0) * 512,
+            usable: made_from == prefix && template.open().is_some(),
+        });
+    }
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(entries)
+}
+
+/// Removes the templates of these names, and returns the first name that there was no template of.
+pub fn remove<'a>(path: &Path, names: &'a [String]) -> io::Result<Option<&'a str>> {
+    let directory = open_directory(path)?;
+    for name in names {
+        if parse(name).is_none() {
+            return Ok(Some(name));
+        }
+        let mut found = false;
+        for kind in ["state", "memory"] {
+            match unlinkat(&directory, format!("{name}.{kind}"), AtFlags::empty()) {
+                Ok(()) => found = true,
+                Err(Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !found {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// Removes whatever is not part of a usable template, drafts of processes that are gone among it.
+pub fn prune(path: &Path, kernel: &File, initramfs: &File) -> io::Result<()> {
+    let keep: Vec<String> = list(path, kernel, initramfs)?
+        .into_iter()
+        .filter(|entry| entry.usable)
+        .map(|entry| entry.name)
+        .collect();
+    let directory = open_directory(path)?;
+    for file in names(&directory)? {
+        let name = file.rsplit_once('.').map_or(&*file, |(name, _)| name);
+        let is_draft = name.strip_prefix(DRAFT).is_some_and(|draft| {
+            let process = draft.rsplit('-').next().unwrap_or_default();
+            fs::exists(format!("/proc/{process}")).unwrap_or(true)
+        });
+        if !is_draft && !keep.iter().any(|keep| keep == name) {
+            unlinkat(&directory, file.as_str(), AtFlags::empty())?;
+        }
+    }
+    Ok(())
+}
+
+/// What a template was made from, and its shape.
+fn parse(name: &str) -> Option<(&str, u8, u64)> {
+    let (rest, memory_mib) = name.rsplit_once('-')?;
+    let (made_from, vcpus) = rest.rsplit_once('-')?;
+    let plain = name.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    let shape = (vcpus.parse().ok()?, memory_mib.parse().ok()?);
+    plain.then_some((made_from, shape.0, shape.1))
+}
+
+/// Names of the files in the directory.
+fn names(directory: &OwnedFd) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(directory)? {
+        let entry = entry?;
+        if entry.file_type() != FileType::Directory
+            && let Ok(name) = entry.file_name().to_str()
+        {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
 impl Template {
     /// The template for a shape. None: templates are off, or there is no directory that can be trusted.
     pub fn find(shape: &VmShape, kernel: &File, initramfs: &File) -> Option<Template> {
-        let path = match std::env::var_os(VARIABLE) {
-            Some(value) if value == "off" => return None,
-            Some(path) => PathBuf::from(path),
-            None if rustix::process::geteuid().is_root() => PathBuf::from(DIRECTORY),
-            None => return None,
-        };
-        let directory = open_directory(&path)
+        let path = path()?;
+        Template::find_in(&path, shape, kernel, initramfs)
             .inspect_err(|error| log::debug!("templates: {}: {error}", path.display()))
-            .ok()?;
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-        let mut hasher = DefaultHasher::new();
-        for file in [kernel, initramfs, &File::open("/proc/self/exe").ok()?] {
-            let metadata = file.metadata().ok()?;
-            (metadata.dev(), metadata.ino(), metadata.len()).hash(&mut hasher);
-            (metadata.mtime(), metadata.mtime_nsec()).hash(&mut hasher);
-        }
-        let boot: String = boot.chars().filter(char::is_ascii_hexdigit).collect();
-        let name = format!(
-            "{boot}-{:016x}-{}-{}",
-            hasher.finish(),
-            shape.vcpus,
-            shape.memory_mib
-        );
-        Some(Template {
+            .ok()
+    }
+
+    /// The same in a directory that has to be fit for it.
+    pub fn find_in(
+        path: &Path,
+        shape: &VmShape,
+        kernel: &File,
+        initramfs: &File,
+    ) -> io::Result<Template> {
+        let directory = open_directory(path)?;
+        let (boot, prefix) = usable(kernel, initramfs)?;
+        let name = format!("{prefix}-{}-{}", shape.vcpus, shape.memory_mib);
+        Ok(Template {
             directory,
             boot,
             name,
@@ -163,7 +296,7 @@ impl Drop for Draft {
 }
 
 /// The directory, made if it is missing, owned by this user and closed to others.
-fn open_directory(path: &std::path::Path) -> io::Result<OwnedFd> {
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     if !path.exists() {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
@@ -202,7 +335,7 @@ mod tests {
 
     use super::*;
 
-    fn template(path: &std::path::Path, name: &str) -> Template {
+    fn template(path: &Path, name: &str) -> Template {
         Template {
             directory: open_directory(path).unwrap(),
             boot: "b0".into(),

@@ -155,14 +155,15 @@ fn check_options(wanted: Wanted<'_>, plan: &Plan) -> Result<(), Error> {
 }
 
 /// What the monitor cannot open itself, or what is better known to be there before it starts.
-struct HostFiles {
-    kvm: File,
-    kernel: File,
-    initramfs: File,
+#[derive(Debug)]
+pub struct HostFiles {
+    pub kvm: File,
+    pub kernel: File,
+    pub initramfs: File,
 }
 
 impl HostFiles {
-    fn open() -> Result<HostFiles, Error> {
+    pub fn open() -> Result<HostFiles, Error> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm");
         let guest = GuestFiles::find()?;
         let open = |path: PathBuf| File::open(&path).map_err(|error| Error::GuestFile(path, error));
@@ -289,6 +290,7 @@ fn give_order(
         hooks: has_create_hooks(&plan.host),
         terminal: terminal.is_some(),
         restore: wanted.checkpoint.is_some(),
+        template: !wanted.options.no_template,
         deadlines: Deadlines::from_environment(),
     };
     let mut descriptors = vec![

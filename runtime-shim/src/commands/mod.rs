@@ -25,6 +25,7 @@ mod run;
 mod spec;
 mod start;
 mod state;
+mod template;
 mod update;
 
 use std::io;
@@ -79,6 +80,8 @@ pub enum Error {
     MountPoint(#[from] MountPointError),
     #[error(transparent)]
     PidFile(#[from] PidFileError),
+    #[error(transparent)]
+    Template(#[from] template::TemplateError),
     #[error(transparent)]
     Image(#[from] checkpoint::ImageError),
     #[error(transparent)]
@@ -163,6 +166,7 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Update(arguments) => update::run(&store, arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&store, &cli.global, arguments),
         Command::Restore(arguments) => restore::run(&store, &cli.global, arguments),
+        Command::Template(arguments) => template::run(arguments),
         Command::Spec(arguments) => spec::run(arguments),
         Command::Features => features::run(),
         Command::Check(arguments) => check::run(arguments, &store),

@@ -28,7 +28,7 @@ pub use host::{cgroup as cgroup_location, hooks};
 pub use mounts::{OPTIONS as MOUNT_OPTIONS, Source as MountSource, is_bind};
 pub use process::{capability, capability_names};
 pub use resources::{io_weight, weight_of_shares};
-pub use vm::ANNOTATION_PREFIX;
+pub use vm::{ANNOTATION_PREFIX, default_shape};
 
 /// The name of the root file system's share.
 pub const ROOTFS_SHARE: &str = "rootfs";

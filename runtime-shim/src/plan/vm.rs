@@ -62,6 +62,14 @@ pub fn shape(
     })
 }
 
+/// Of a container without limits.
+pub fn default_shape(facts: &HostFacts) -> VmShape {
+    VmShape {
+        vcpus: u8::try_from(vcpus(None, facts)).unwrap_or(1),
+        memory_mib: DEFAULT_MEMORY_MIB.min(round_down(facts.memory_mib).max(MIN_MEMORY_MIB)),
+    }
+}
+
 fn vcpus(resources: Option<&LinuxResources>, facts: &HostFacts) -> u32 {
     let most = facts.cpus.clamp(1, MAX_VCPUS);
     let Some(cpu) = resources.and_then(|resources| resources.cpu().as_ref()) else {
