@@ -221,7 +221,11 @@ impl Store {
         let directory = open_directory(&root, id).map_err(|error| match error {
             // Another command deletes leftovers without state, as this one just is.
             Errno::NOENT => StoreError::NotFound,
-            error => self.root_error(error),
+            error => {
+                // Still empty, or somebody else's by now and then not.
+                let _ = rustix::fs::unlinkat(&root, id, AtFlags::REMOVEDIR);
+                self.root_error(error)
+            }
         })?;
         let mut container = Locked {
             root,

@@ -33,7 +33,15 @@ pub fn run(store: &Store, global: &Global, arguments: &Delete) -> Result<u8, Err
         Err(error) => return Err(error.into()),
     }
     match store.lock(&arguments.id) {
-        Ok(container) => destroy(store, global, container)?,
+        Ok(container) => {
+            if arguments.force
+                && let Ok(state) = container.load()
+            {
+                // Its creation, or that of one of the same name, may have gone on since the look without the lock.
+                live::end(store, &state.id, state.process)?;
+            }
+            destroy(store, global, container)?;
+        }
         Err(StoreError::NotFound) if arguments.force => {}
         Err(error) => return Err(error.into()),
     }

@@ -20,9 +20,9 @@ use crate::store::{State, Store, StoreError};
 /// How long a monitor that was killed may take to be gone.
 const END: Duration = Duration::from_secs(10);
 
-/// How long SIGKILL may take by way of the guest, in which the agent has two seconds, before the
-/// monitor itself gets it.
-const KILL: Duration = Duration::from_secs(3);
+/// How long SIGKILL may take by way of the guest, in which the agent has less, before the monitor itself
+/// gets it.
+const KILL: Duration = Duration::from_millis(1900);
 
 /// How long an answer that needs the guest may take: the monitor gives up a little earlier.
 pub fn guest_deadline() -> Option<Instant> {

@@ -40,7 +40,7 @@ const FLUSH_AFTER_KILL: Duration = Duration::from_secs(1);
 const FLUSH_EXECS: Duration = Duration::from_secs(2);
 
 /// An agent that does not confirm a SIGKILL by then is gone, and its VM with it.
-const KILL_ANSWER: Duration = Duration::from_secs(2);
+const KILL_ANSWER: Duration = Duration::from_millis(1500);
 
 /// A process that got SIGKILL has ended by then, whatever the agent says.
 const KILL_EXIT: Duration = Duration::from_secs(10);

@@ -33,7 +33,7 @@ pub enum Error {
     Order(#[source] channel::Error),
     #[error("no word from the monitor while {0}")]
     Silent(Stage, #[source] channel::Error),
-    #[error("the monitor ended while {stage} ({status})")]
+    #[error("the monitor ended while {stage} ({status}{})", killed(*status))]
     Died { stage: Stage, status: ExitStatus },
     #[error("wait for the monitor")]
     Wait(#[source] io::Error),
@@ -262,6 +262,14 @@ fn logging(global: &Global) -> Vec<OsString> {
         arguments.push("--debug".into());
     }
     arguments
+}
+
+/// What the kernel does not say.
+fn killed(status: ExitStatus) -> &'static str {
+    match status.signal() {
+        Some(libc::SIGKILL) => ", from outside or for lack of memory in its cgroup",
+        _ => "",
+    }
 }
 
 /// The exit status that a shell would give.
