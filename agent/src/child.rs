@@ -3,7 +3,7 @@
 //! no hurry to be elegant about resources, and ends in an exec or an exit.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use agent_protocol::{AgentError, ErrorKind, GuestPlan, IdMapping, Mount, Process};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -203,10 +203,22 @@ fn enter_namespaces(plan: &GuestPlan) -> Result<()> {
     // By the agent's own /proc: which value a file there stands for depends on who opens it, and no
     // image has had a hand in it.
     for (name, value) in &plan.sysctls {
-        let path = Path::new("/proc/sys").join(name.replace('.', "/").trim_start_matches('/'));
-        std::fs::write(path, value).field(format_args!("sysctl {name}"))?;
+        std::fs::write(sysctl_path(name), value).field(format_args!("sysctl {name}"))?;
     }
     Ok(())
+}
+
+/// `net.ipv4.conf.eth0/1.forwarding` is of the interface `eth0.1`, as sysctl(8) has it.
+fn sysctl_path(name: &str) -> PathBuf {
+    let swapped: String = name
+        .chars()
+        .map(|c| match c {
+            '.' => '/',
+            '/' => '.',
+            c => c,
+        })
+        .collect();
+    Path::new("/proc/sys").join(swapped.trim_start_matches('/'))
 }
 
 /// Makes the container's file system and moves into it.
@@ -304,4 +316,22 @@ pub(crate) fn namespaces_of(plan: &GuestPlan) -> Result<u64> {
         )));
     }
     Ok(plan.namespaces | NEW_MOUNT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_controls_of_interfaces_with_dots() {
+        for (name, path) in [
+            ("kernel.msgmax", "/proc/sys/kernel/msgmax"),
+            (
+                "net.ipv4.conf.eth0/1.forwarding",
+                "/proc/sys/net/ipv4/conf/eth0.1/forwarding",
+            ),
+        ] {
+            assert_eq!(sysctl_path(name), Path::new(path));
+        }
+    }
 }
