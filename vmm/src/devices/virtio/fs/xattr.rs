@@ -2,7 +2,8 @@
 //! Extended attributes. The working directory of the thread is `/proc/self/fd` ([`Credentials`] sees to it), which is
 //! where the paths of these system calls start.
 
-use std::ffi::CStr;
+use std::borrow::Cow;
+use std::ffi::{CStr, CString};
 use std::os::fd::AsFd;
 
 use rustix::fs::XattrFlags;
@@ -11,13 +12,18 @@ use rustix::path::DecInt;
 
 use super::abi;
 use super::credentials::Credentials;
-use super::inert;
 use super::inodes::NodeId;
 use super::name::AttributeName;
 use super::passthrough::Passthrough;
 
 /// XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux.
 const LARGEST: usize = 65536;
+
+/// XATTR_NAME_MAX of Linux.
+const NAME_MAX: usize = 255;
+/// Attributes that are ours on the host.
+const OURS: &[u8] = b"user.sandbox.";
+const TRUSTED: &[u8] = b"trusted.";
 
 /// What the guest gets: the value, or only its size when it asked with size 0.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,16 +57,17 @@ impl Passthrough {
         if self.is_hidden(node, name)? {
             return Err(Errno::NODATA);
         }
+        let kept = on_host(name)?;
         let path = self.inodes.path(node)?;
         let path = DecInt::from_fd(path.as_fd());
         if size == 0 {
             let size =
-                rustix::fs::getxattr_query(path, name).map_err(|error| absent(name, error))?;
+                rustix::fs::getxattr_query(path, &*kept).map_err(|error| absent(name, error))?;
             let size = u32::try_from(size).map_err(|_| Errno::TOOBIG)?;
             return Ok(Attribute::Size(size));
         }
         let mut value = vec![0; LARGEST.min(size as usize)];
-        let length = rustix::fs::getxattr(path, name, &mut value[..])
+        let length = rustix::fs::getxattr(path, &*kept, &mut value[..])
             .map_err(|error| absent(name, error))?;
         value.truncate(length);
         Attribute::new(value, size)
@@ -79,8 +86,10 @@ impl Passthrough {
         let inert = self.inodes.nature(node)?.inert.is_some();
         let shown: Vec<u8> = list
             .split_inclusive(|byte| *byte == 0)
-            .filter(|name| *name != inert::ATTRIBUTE.to_bytes_with_nul())
-            .filter(|name| !(inert && name.starts_with(b"user.")))
+            .filter_map(|name| match name.strip_prefix(OURS) {
+                Some(own) => own.starts_with(TRUSTED).then_some(own),
+                None => (!(inert && name.starts_with(b"user."))).then_some(name),
+            })
             .flatten()
             .copied()
             .collect();
@@ -99,9 +108,10 @@ impl Passthrough {
         if self.is_hidden(node, name)? {
             return Err(Errno::PERM);
         }
+        let kept = on_host(name)?;
         let flags = XattrFlags::from_bits(input.flags).ok_or(Errno::INVAL)?;
         let path = self.inodes.path(node)?;
-        let set = || rustix::fs::setxattr(DecInt::from_fd(path.as_fd()), name, value, flags);
+        let set = || rustix::fs::setxattr(DecInt::from_fd(path.as_fd()), &*kept, value, flags);
         if input.setxattr_flags & abi::SETXATTR_ACL_KILL_SGID != 0 {
             credentials.drop_privileges_of_file(set)
         } else {
@@ -119,16 +129,33 @@ impl Passthrough {
         if self.is_hidden(node, name)? {
             return Err(Errno::PERM);
         }
+        let kept = on_host(name)?;
         let path = self.inodes.path(node)?;
-        rustix::fs::removexattr(DecInt::from_fd(path.as_fd()), name)
+        rustix::fs::removexattr(DecInt::from_fd(path.as_fd()), &*kept)
     }
 
-    /// Whether the guest must not get at an attribute: that of inert devices, and because those are devices to it and
-    /// not regular files, their other `user.` ones.
+    /// Whether the guest must not get at an attribute: our own, and because inert devices are devices to it and not
+    /// regular files, their `user.` ones.
     fn is_hidden(&self, node: NodeId, name: &CStr) -> Result<bool, Errno> {
         let inert = self.inodes.nature(node)?.inert.is_some();
-        Ok(name == inert::ATTRIBUTE || inert && name.to_bytes().starts_with(b"user."))
+        let name = name.to_bytes();
+        Ok(name.starts_with(OURS) || inert && name.starts_with(b"user."))
     }
+}
+
+/// What a guest's attribute is called on the host. `trusted.` ones, which overlay file systems in the guest live on,
+/// would take a privilege that the monitor does not have, and would mean something to the host: they are kept as
+/// `user.sandbox.trusted.` ones. The guest's kernel has checked that the asker may see them.
+fn on_host(name: &CStr) -> Result<Cow<'_, CStr>, Errno> {
+    let bytes = name.to_bytes();
+    if !bytes.starts_with(TRUSTED) {
+        return Ok(Cow::Borrowed(name));
+    }
+    if OURS.len() + bytes.len() > NAME_MAX {
+        return Err(Errno::RANGE);
+    }
+    let name = CString::new([OURS, bytes].concat()).map_err(|_| Errno::INVAL)?;
+    Ok(Cow::Owned(name))
 }
 
 /// The guest's kernel asks for ACLs when it checks permissions, and takes any error but "none" for a failed check. A

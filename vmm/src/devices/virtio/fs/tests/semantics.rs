@@ -513,6 +513,26 @@ fn extended_attributes_pass() {
         .call(opcode::REMOVEXATTR, node, &[b"user.a\0"])
         .unwrap();
     assert_eq!(guest.getxattr(node, c"user.a", 5), Err(Errno::NODATA));
+    // Of those that the host would take for its own another name is kept, which the guest does not get at.
+    guest
+        .setxattr(node, c"trusted.overlay.opaque", b"y")
+        .unwrap();
+    assert_eq!(
+        guest.getxattr(node, c"trusted.overlay.opaque", 5).unwrap(),
+        b"y"
+    );
+    let list = guest.listxattr(node, 1000).unwrap();
+    assert_eq!(list, b"user.b\0trusted.overlay.opaque\0");
+    let kept = c"user.sandbox.trusted.overlay.opaque";
+    assert_eq!(guest.getxattr(node, kept, 5), Err(Errno::NODATA));
+    assert_eq!(guest.setxattr(node, kept, b"n"), Err(Errno::PERM));
+    let mut value = [0; 5];
+    let length = rustix::fs::getxattr(guest.host("f"), kept, &mut value[..]);
+    assert_eq!(length, Ok(1));
+    guest
+        .call(opcode::REMOVEXATTR, node, &[b"trusted.overlay.opaque\0"])
+        .unwrap();
+    assert_eq!(guest.listxattr(node, 1000).unwrap(), b"user.b\0");
     let capability = *b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
     if guest
         .setxattr(node, c"security.capability", &capability)
