@@ -143,6 +143,8 @@ pub enum Error {
     Resources(PathBuf, #[source] io::Error),
     #[error("resources")]
     ResourcesJson(#[source] serde_json::Error),
+    #[error("rejecting memory limit {limit} <= usage {used}")]
+    MemoryInUse { limit: u64, used: u64 },
     #[error("{0} is not supported")]
     Unsupported(&'static str),
 }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{Error, live};
 use crate::cgroup::Cgroup;
 use crate::cli::Update;
-use crate::control::Request;
+use crate::control::{self, Reply, Request};
 use crate::plan;
 use crate::store::Store;
 
@@ -41,9 +41,13 @@ pub fn run(store: &Store, arguments: &Update) -> Result<u8, Error> {
     for warning in warnings {
         log::warn!("{warning}");
     }
+    let mut monitor = live::connect(store, &arguments.id)?;
+    if let Some(limit) = checked_limit(&resources) {
+        check_memory(monitor.ask(&Request::Usage, live::guest_deadline())?, limit)?;
+        monitor = live::connect(store, &arguments.id)?;
+    }
     // The guest first: it has to fit into what the host allows.
-    live::connect(store, &arguments.id)?
-        .command(&Request::Update(guest), live::guest_deadline())?;
+    monitor.command(&Request::Update(guest), live::guest_deadline())?;
     if !state.cgroups.is_empty() {
         Cgroup::open(state.cgroups.clone()).set(&host)?;
     }
@@ -51,6 +55,29 @@ pub fn run(store: &Store, arguments: &Update) -> Result<u8, Error> {
     let text = serde_json::to_vec(&config).map_err(Error::ResourcesJson)?;
     container.save_config(&text)?;
     Ok(0)
+}
+
+/// The memory limit that `checkBeforeUpdate` wants to be above what is used.
+fn checked_limit(resources: &LinuxResources) -> Option<u64> {
+    let memory = resources.memory().as_ref()?;
+    let checked = memory.check_before_update().unwrap_or(false);
+    let limit = u64::try_from(memory.limit()?).ok()?;
+    (checked && limit != 0).then_some(limit)
+}
+
+/// In runc's words.
+fn check_memory(usage: Reply, limit: u64) -> Result<(), Error> {
+    let Reply::Usage(usage) = usage else {
+        return Err(control::Error::OutOfTurn.into());
+    };
+    let current = usage
+        .files
+        .iter()
+        .find(|(name, _)| name == "memory.current");
+    match current.and_then(|(_, text)| text.trim().parse().ok()) {
+        Some(used) if used >= limit => Err(Error::MemoryInUse { limit, used }),
+        _ => Ok(()),
+    }
 }
 
 /// Device rules are not updated: engines send those of the container along.
@@ -177,6 +204,32 @@ mod tests {
             json!({ "cpu": { "quota": 3, "shares": 2 }, "devices": [1], "pids": { "limit": 4 } })
         );
         assert_eq!(merge(Value::Null, json!({ "a": 1 })), json!({ "a": 1 }));
+    }
+
+    #[test]
+    fn a_limit_below_what_is_used_is_rejected_if_asked() {
+        let limit = |text: &str| checked_limit(&serde_json::from_str(text).unwrap());
+        assert_eq!(limit(r#"{"memory": {"limit": 5}}"#), None);
+        assert_eq!(
+            limit(r#"{"memory": {"limit": 5, "checkBeforeUpdate": true}}"#),
+            Some(5)
+        );
+        assert_eq!(
+            limit(r#"{"memory": {"limit": -1, "checkBeforeUpdate": true}}"#),
+            None
+        );
+        let usage = || {
+            Reply::Usage(Box::new(agent_protocol::Usage {
+                files: vec![("memory.current".into(), "100\n".into())],
+                network: String::new(),
+            }))
+        };
+        assert!(check_memory(usage(), 101).is_ok());
+        let error = check_memory(usage(), 100).unwrap_err().to_string();
+        assert!(
+            error.contains("rejecting memory limit 100 <= usage 100"),
+            "{error}"
+        );
     }
 
     #[test]
