@@ -143,9 +143,9 @@ fn node(field: &str, device: &LinuxDevice) -> Result<Option<Device>, PlanError> 
             ),
         ));
     }
-    let mode = device.file_mode().unwrap_or(0o666);
+    // As in runc: the type of the file, which Docker sends along, is left to `type`.
+    let mode = device.file_mode().unwrap_or(0o666) & !libc::S_IFMT;
     if mode > 0o7777 {
-        // Go's os.FileMode has its type bits elsewhere, the kernel's are above the permissions.
         return Err(invalid(
             format!("{field}.fileMode"),
             format!("{mode:#o} has more than permission bits"),

@@ -203,7 +203,7 @@ fn device_nodes() {
     let text = r#"[
         {"path": "/dev/null", "type": "c", "major": 1, "minor": 3, "fileMode": 438},
         {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 384, "uid": 7, "gid": 8},
-        {"path": "/dev/net/tun", "type": "u", "major": 10, "minor": 200},
+        {"path": "/dev/net/tun", "type": "u", "major": 10, "minor": 200, "fileMode": 8630},
         {"path": "/pipe", "type": "p"}
     ]"#;
     let (nodes, warnings) = devices(text, false).unwrap();
@@ -257,7 +257,7 @@ fn devices_that_a_guest_cannot_have() {
         r#"[{"path": "dev/x", "type": "c", "major": 1, "minor": 3}]"#,
         r#"[{"path": "/dev/x", "type": "a"}]"#,
         r#"[{"path": "/dev/x", "type": "c", "major": -1, "minor": 3}]"#,
-        r#"[{"path": "/dev/x", "type": "c", "major": 1, "minor": 3, "fileMode": 8630}]"#,
+        r#"[{"path": "/dev/x", "type": "c", "major": 1, "minor": 3, "fileMode": 1048576}]"#,
     ] {
         assert!(
             matches!(devices(text, true), Err(PlanError::Invalid { .. })),
