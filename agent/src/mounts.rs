@@ -156,6 +156,13 @@ fn attach_bind(rootfs: &Rootfs, mount: &Mount, tree: OwnedFd) -> Result<()> {
 }
 
 fn attach_new(rootfs: &Rootfs, mount: &Mount, source: &str, kind: &str) -> Result<()> {
+    // Its mode, unless that is given, is that of the directory it is mounted on.
+    let takes_mode = kind == "tmpfs"
+        && !mount
+            .data
+            .split(',')
+            .any(|option| option.starts_with("mode="))
+        && rootfs.open(&mount.destination).is_ok();
     let target = match kind {
         // Were it a link, masked paths would hide something else than they name.
         "proc" | "sysfs" => real_directory(rootfs, &mount.destination)?,
@@ -164,7 +171,7 @@ fn attach_new(rootfs: &Rootfs, mount: &Mount, source: &str, kind: &str) -> Resul
             .stage("destination")?,
     };
     let mut data = mount.data.clone();
-    if kind == "tmpfs" && !data.split(',').any(|option| option.starts_with("mode=")) {
+    if takes_mode {
         let mode = fstat(&target).stage("destination")?.st_mode & 0o7777;
         let separator = if data.is_empty() { "" } else { "," };
         data.push_str(&format!("{separator}mode={mode:o}"));

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use agent_protocol::{AgentError, CgroupPlan, Process, Usage, WindowSize};
+use agent_protocol::{AgentError, CgroupPlan, Mount, Process, Usage, WindowSize};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
@@ -62,6 +62,11 @@ pub enum Request {
     /// After [`Request::Checkpoint`]: it ends here. Not answered.
     End,
     Update(CgroupPlan),
+    /// What it has of the host's files is in the share already.
+    Mount(Box<Mount>),
+    Unmount {
+        destination: String,
+    },
     /// Answered by [`Reply::Usage`].
     Usage,
     /// Answered by [`Reply::Processes`].

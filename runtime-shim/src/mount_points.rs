@@ -2,14 +2,23 @@
 //! Makes the places in a root file system that something gets mounted on. The tree may be hostile:
 //! every lookup happens inside of it, whatever links it holds.
 
+use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, chmodat, mkdirat, openat, openat2};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, chmodat, mkdirat, openat, openat2,
+    readlinkat, statat,
+};
 use rustix::io::Errno;
 
 use crate::plan::{MountPoint, ShareKind};
+
+/// As the kernel: MAXSYMLINKS.
+const MAX_LINKS: usize = 40;
 
 #[derive(Debug, thiserror::Error)]
 #[error("mount point {path} in the root file system")]
@@ -18,9 +27,10 @@ pub struct MountPointError {
     source: io::Error,
 }
 
-pub fn make(rootfs: &Path, points: &[MountPoint]) -> Result<(), MountPointError> {
+/// Returns the paths of those that were not there.
+pub fn make(rootfs: &Path, points: &[MountPoint]) -> Result<Vec<String>, MountPointError> {
     if points.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let fail = |path: &str, error: Errno| MountPointError {
         path: path.to_owned(),
@@ -28,50 +38,74 @@ pub fn make(rootfs: &Path, points: &[MountPoint]) -> Result<(), MountPointError>
     };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = openat(CWD, rootfs, flags, Mode::empty()).map_err(|error| fail("/", error))?;
+    let mut made = Vec::new();
     for point in points {
-        make_one(root.as_fd(), point).map_err(|error| fail(&point.path, error))?;
+        if make_one(root.as_fd(), point).map_err(|error| fail(&point.path, error))? {
+            made.push(point.path.clone());
+        }
     }
-    Ok(())
+    Ok(made)
 }
 
-fn make_one(root: BorrowedFd<'_>, point: &MountPoint) -> rustix::io::Result<()> {
-    let components = normal_components(&point.path)?;
-    let mut path = PathBuf::new();
-    let last = components.len();
-    for (index, name) in components.into_iter().enumerate() {
-        let parent = path.clone();
-        path.push(name);
-        match inside(root, &path, OFlags::PATH) {
-            Ok(_) => continue,
-            Err(Errno::NOENT) => {}
+/// Links that lead nowhere are followed, as in runc: their targets are made, inside the root.
+fn make_one(root: BorrowedFd<'_>, point: &MountPoint) -> rustix::io::Result<bool> {
+    let path = Path::new(&point.path);
+    match inside(root, path, OFlags::PATH) {
+        Ok(_) => return Ok(false),
+        Err(Errno::NOENT) => {}
+        Err(error) => return Err(error),
+    }
+    // Holds no links, so that `..` is the removal of its last component.
+    let mut done = PathBuf::new();
+    let mut todo = names(path);
+    let mut links = 0;
+    while let Some(name) = todo.pop_front() {
+        if name == ".." {
+            done.pop();
+            continue;
+        }
+        let directory = inside(root, &done, OFlags::PATH | OFlags::DIRECTORY)?;
+        match statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Symlink => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(Errno::LOOP);
+                }
+                let target = readlinkat(&directory, &name, Vec::new())?.into_bytes();
+                let target = PathBuf::from(OsString::from_vec(target));
+                if target.is_absolute() {
+                    done = PathBuf::new();
+                }
+                for name in names(&target).into_iter().rev() {
+                    todo.push_front(name);
+                }
+                continue;
+            }
+            Ok(_) => {}
+            Err(Errno::NOENT) if point.kind == ShareKind::File && todo.is_empty() => {
+                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+                openat(&directory, &name, flags, Mode::from_raw_mode(0o644))?;
+            }
+            Err(Errno::NOENT) => {
+                mkdirat(&directory, &name, Mode::from_raw_mode(0o755))?;
+                if todo.is_empty() && point.mode != 0o755 {
+                    // Whatever the umask of the caller is.
+                    let mode = Mode::from_raw_mode(point.mode);
+                    chmodat(&directory, &name, mode, AtFlags::empty())?;
+                }
+            }
             Err(error) => return Err(error),
         }
-        let parent = inside(root, &parent, OFlags::PATH | OFlags::DIRECTORY)?;
-        if index + 1 == last && point.kind == ShareKind::File {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-            openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
-        } else {
-            mkdirat(&parent, name, Mode::from_raw_mode(0o755))?;
-            if index + 1 == last && point.mode != 0o755 {
-                // Whatever the umask of the caller is.
-                let mode = Mode::from_raw_mode(point.mode);
-                chmodat(&parent, name, mode, AtFlags::empty())?;
-            }
-        }
+        done.push(name);
     }
-    Ok(())
+    Ok(true)
 }
 
-fn normal_components(path: &str) -> rustix::io::Result<Vec<&Path>> {
-    let mut components = Vec::new();
-    for component in Path::new(path).components() {
-        match component {
-            Component::RootDir | Component::CurDir => {}
-            Component::Normal(name) => components.push(Path::new(name)),
-            Component::ParentDir | Component::Prefix(_) => return Err(Errno::INVAL),
-        }
-    }
-    Ok(components)
+fn names(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter(|component| matches!(component, Component::Normal(_) | Component::ParentDir))
+        .map(|component| component.as_os_str().to_owned())
+        .collect()
 }
 
 fn inside(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
@@ -113,22 +147,32 @@ mod tests {
             point("/inner/file", ShareKind::File),
             point("/inner/file", ShareKind::File),
         ];
+        symlink("a", root.join("circle")).unwrap();
+        symlink("circle", root.join("a")).unwrap();
         let made = make(&root, &points);
-        let dangling = make(&root, &[point("/outer/x", ShareKind::Directory)]);
-        let absolute = make(&root, &[point("/absolute/x", ShareKind::File)]);
-        let upward = make(&root, &[point("/a/../../x", ShareKind::File)]);
+        let others = [
+            point("/outer/x", ShareKind::Directory),
+            point("/absolute/x", ShareKind::File),
+            point("/a/../../x", ShareKind::File),
+        ]
+        .map(|point| make(&root, &[point]));
         let inside = (
             root.join("real/a/b").is_dir(),
             root.join("real/file").is_file(),
+            root.join("outside/x").is_dir(),
+            root.join(base.join("outside").strip_prefix("/").unwrap())
+                .join("x")
+                .is_file(),
         );
         let mode = |path: &str| fs::metadata(root.join(path)).unwrap().mode() & 0o7777;
         let modes = (mode("real/a"), mode("real/a/b"));
         let outside = fs::read_dir(base.join("outside")).unwrap().count();
         fs::remove_dir_all(&base).unwrap();
-        made.unwrap();
-        assert_eq!(inside, (true, true));
+        assert_eq!(made.unwrap(), ["/inner/a/b", "/inner/file"]);
+        assert_eq!(inside, (true, true, true, true));
         assert_eq!(modes, (0o755, 0o1777));
         assert_eq!(outside, 0);
-        assert!(dangling.is_err() && absolute.is_err() && upward.is_err());
+        let [dangling, absolute, circle] = others;
+        assert!(dangling.is_ok() && absolute.is_ok() && circle.is_err());
     }
 }

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, mkdirat, open, openat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, mkdirat, open, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
@@ -25,7 +25,7 @@ use rustix::process::{
 };
 use rustix::thread::{UnshareFlags, set_no_new_privs, unshare_unsafe};
 
-use crate::plan::{Share, ShareKind};
+use crate::plan::{ReadOnly, Share, ShareKind};
 
 /// Open files for the file server, where the container does not say more.
 const OPEN_FILES: u64 = 1 << 20;
@@ -87,7 +87,12 @@ pub fn enter(shares: &[Share], open_files: Option<u64>) -> Result<OwnedFd, Error
     }
     step(
         "read-only root",
-        set_attributes(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, false),
+        set_attributes(
+            root.as_fd(),
+            MountAttrFlags::MOUNT_ATTR_RDONLY,
+            MountAttrFlags::empty(),
+            false,
+        ),
     )?;
     change_root(root.as_fd())?;
     limit(open_files)?;
@@ -135,9 +140,17 @@ fn attach_root() -> Result<OwnedFd, Error> {
     Ok(root)
 }
 
-/// Mounts a share below the new root. The source is looked up once, everything after goes by its
-/// descriptor.
+/// Mounts a share below the new root.
 fn attach(root: BorrowedFd<'_>, share: &Share) -> Result<(), Error> {
+    let fail = |doing| move |error: Errno| Error::Source(doing, share.source.clone(), error.into());
+    let tree = tree(share)?;
+    make_mount_point(root, share).map_err(fail("make a mount point"))?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(tree.as_fd(), "", root, share.name.as_str(), flags).map_err(fail("mount"))
+}
+
+/// The mounts of a share, attached nowhere yet. The source is looked up once, everything after goes by its descriptor.
+fn tree(share: &Share) -> Result<OwnedFd, Error> {
     let fail = |doing| move |error: Errno| Error::Source(doing, share.source.clone(), error.into());
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let source = open(&share.source, flags, Mode::empty()).map_err(fail("open"))?;
@@ -149,22 +162,93 @@ fn attach(root: BorrowedFd<'_>, share: &Share) -> Result<(), Error> {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let tree = open_tree(source.as_fd(), "", flags).map_err(fail("bind"))?;
-    set_attributes(tree.as_fd(), attributes(share), true).map_err(fail("set mount attributes"))?;
-    make_mount_point(root, share).map_err(fail("make a mount point"))?;
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(tree.as_fd(), "", root, share.name.as_str(), flags).map_err(fail("mount"))
-}
-
-/// The file server executes nothing and opens no devices, and must not be able to.
-fn attributes(share: &Share) -> MountAttrFlags {
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+    let set = |attributes, below| {
+        set_attributes(tree.as_fd(), attributes, MountAttrFlags::empty(), below)
+            .map_err(fail("set mount attributes"))
+    };
+    // The file server executes nothing and opens no devices, and must not be able to.
+    let never = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    if share.readonly {
-        attributes | MountAttrFlags::MOUNT_ATTR_RDONLY
-    } else {
-        attributes
+    set(never, true)?;
+    if share.readonly != ReadOnly::No {
+        let below = share.readonly == ReadOnly::Recursive;
+        set(MountAttrFlags::MOUNT_ATTR_RDONLY, below)?;
     }
+    Ok(tree)
+}
+
+/// Attaches a further share to the root of a monitor that is in its jail, from outside: it gets no right by it. The
+/// caller is root and has one thread.
+pub fn share_more(monitor: &OwnedFd, share: &Share) -> Result<(), Error> {
+    let fail = |doing| move |error: Errno| Error::Source(doing, share.source.clone(), error.into());
+    let tree = tree(share)?;
+    in_jail(monitor, || {
+        make_mount_point(writable_root()?.as_fd(), share)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        let attached = move_mount(tree.as_fd(), "", CWD, share.name.as_str(), flags);
+        if attached.is_err() {
+            remove_mount_point(&share.name, share.kind)?;
+        }
+        attached
+    })
+    .map_err(fail("share with the monitor"))
+}
+
+/// Undoes [`share_more`].
+pub fn share_less(monitor: &OwnedFd, name: &str, kind: ShareKind) -> Result<(), Error> {
+    let removed = in_jail(monitor, || {
+        unmount(name, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+        remove_mount_point(name, kind)
+    });
+    step("take a share from the monitor", removed)
+}
+
+/// Does something in the mount namespace of a monitor, in whose root it then is. In a child: there is no way back.
+fn in_jail(
+    monitor: &OwnedFd,
+    act: impl FnOnce() -> rustix::io::Result<()>,
+) -> rustix::io::Result<()> {
+    let mounts = rustix::thread::ThreadNameSpaceType::MOUNT;
+    // SAFETY: the verbs that come here have one thread, so the child may go on as usual; it ends in this block.
+    match unsafe { libc::fork() } {
+        -1 => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::AGAIN)),
+        0 => {
+            let result = rustix::thread::move_into_thread_name_spaces(monitor.as_fd(), mounts)
+                .and_then(|()| act());
+            // Error numbers fit into an exit status.
+            let status = result.map_or_else(Errno::raw_os_error, |()| 0);
+            // SAFETY: ends the child at once; nothing of the parent's is flushed or dropped.
+            unsafe { libc::_exit(status) }
+        }
+        pid => {
+            let pid = rustix::process::Pid::from_raw(pid);
+            let options = rustix::process::WaitOptions::empty();
+            let status = rustix::process::waitpid(pid, options)?;
+            match status.and_then(|(_, status)| status.exit_status()) {
+                Some(0) => Ok(()),
+                Some(errno) => Err(Errno::from_raw_os_error(errno)),
+                None => Err(Errno::INTR),
+            }
+        }
+    }
+}
+
+/// The root of the jail by way of another mount of it, which unlike the monitor's is not read-only.
+fn writable_root() -> rustix::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let root = open_tree(CWD, "/", flags)?;
+    let none = MountAttrFlags::empty();
+    set_attributes(root.as_fd(), none, MountAttrFlags::MOUNT_ATTR_RDONLY, false)?;
+    Ok(root)
+}
+
+fn remove_mount_point(name: &str, kind: ShareKind) -> rustix::io::Result<()> {
+    let flags = match kind {
+        ShareKind::Directory => AtFlags::REMOVEDIR,
+        ShareKind::File => AtFlags::empty(),
+    };
+    unlinkat(writable_root()?, name, flags)
 }
 
 /// The plan was made from an earlier look at the source.
@@ -197,6 +281,7 @@ fn make_mount_point(root: BorrowedFd<'_>, share: &Share) -> rustix::io::Result<(
 fn set_attributes(
     mount: BorrowedFd<'_>,
     attributes: MountAttrFlags,
+    clear: MountAttrFlags,
     recursive: bool,
 ) -> rustix::io::Result<()> {
     #[repr(C)]
@@ -213,7 +298,7 @@ fn set_attributes(
     }
     let attributes = MountAttr {
         set: u64::from(attributes.bits()),
-        clear: 0,
+        clear: u64::from(clear.bits()),
         propagation: 0,
         user_namespace: 0,
     };
@@ -347,7 +432,7 @@ mod tests {
             .unwrap()
     }
 
-    fn share(name: &str, source: PathBuf, kind: ShareKind, readonly: bool) -> Share {
+    fn share(name: &str, source: PathBuf, kind: ShareKind, readonly: ReadOnly) -> Share {
         Share {
             name: name.into(),
             source,
@@ -378,9 +463,14 @@ mod tests {
         let directory = PathBuf::from(std::env::var_os("SANDBOX_TEST_DIRECTORY").unwrap());
         let tree = directory.join("tree");
         let shares = [
-            share("rootfs", tree.clone(), ShareKind::Directory, false),
-            share("m0", tree, ShareKind::Directory, true),
-            share("m1", directory.join("single"), ShareKind::File, true),
+            share("rootfs", tree.clone(), ShareKind::Directory, ReadOnly::No),
+            share("m0", tree, ShareKind::Directory, ReadOnly::Recursive),
+            share(
+                "m1",
+                directory.join("single"),
+                ShareKind::File,
+                ReadOnly::Mount,
+            ),
         ];
         // The test runner has threads; a child has one.
         // SAFETY: the child allocates, which is fine as no other thread of the runner does just now; it never returns.
@@ -443,7 +533,7 @@ mod tests {
     #[test]
     fn a_source_that_changed_its_kind_is_refused() {
         let file = open("/dev/null", OFlags::PATH, Mode::empty()).unwrap();
-        let share = share("m0", "/dev/null".into(), ShareKind::File, false);
+        let share = share("m0", "/dev/null".into(), ShareKind::File, ReadOnly::No);
         let error = check_kind(file.as_fd(), &share).unwrap_err();
         assert_eq!(
             error.to_string(),

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::{IdError, validate_id};
 use crate::identity::Identity;
-use crate::plan::VmShape;
+use crate::plan::{ShareKind, VmShape};
 use crate::status::Status;
 
 /// Of the state file. A larger number is refused, a smaller one would be converted.
@@ -112,6 +112,17 @@ pub struct State {
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
     pub vm: VmShape,
+    /// Added since the creation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<AddedMount>,
+}
+
+/// A mount that was added to a running container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddedMount {
+    pub destination: String,
+    /// What it has of the host's files, by its name in the share.
+    pub share: Option<(String, ShareKind)>,
 }
 
 /// The state as the runtime specification has it, with runc's further fields.

@@ -85,7 +85,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Create) -> Result<u8, Err
 /// Makes a container up to where its mode says, with its state saved and its pid file written.
 pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     let bundle = Bundle::load(wanted.bundle, wanted.options.config.as_deref())?;
-    let plan = make_plan(&bundle, wanted)?;
+    let mut plan = make_plan(&bundle, wanted)?;
     check_options(wanted, &plan)?;
     let files = HostFiles::open()?;
 
@@ -97,7 +97,8 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     let planned = |found: &Hierarchies| Cgroup::planned(found, &plan.host.cgroup);
     state.cgroups = hierarchies.as_ref().map(planned).unwrap_or_default();
     container.save(&state)?;
-    mount_points::make(&bundle.rootfs, &plan.host.mount_points)?;
+    let made = mount_points::make(&bundle.rootfs, &plan.host.mount_points)?;
+    plan::set_default_modes(&mut plan.guest.mounts, &made);
     let cgroup = make_cgroup(hierarchies.as_ref(), &plan.host)?;
     let terminal = open_terminal(wanted, &plan)?;
     let mut monitor = Monitor::spawn(wanted.id, terminal.is_none(), wanted.global)?;
@@ -205,6 +206,7 @@ fn initial_state(bundle: &Bundle, id: &str, plan: &Plan) -> Result<State, Error>
         annotations: plan.host.annotations.clone(),
         cgroups: Vec::new(),
         vm: plan.vm,
+        mounts: Vec::new(),
     })
 }
 

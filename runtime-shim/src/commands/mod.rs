@@ -17,6 +17,7 @@ mod kill;
 mod list;
 mod live;
 mod monitor;
+mod mounts;
 mod pause;
 mod ps;
 mod restore;
@@ -143,6 +144,14 @@ pub enum Error {
     Resources(PathBuf, #[source] io::Error),
     #[error("resources")]
     ResourcesJson(#[source] serde_json::Error),
+    #[error("{path}", path = .0.display())]
+    MountsFile(PathBuf, #[source] io::Error),
+    #[error("{path}", path = .0.display())]
+    MountsJson(PathBuf, #[source] serde_json::Error),
+    #[error("mounts: only root can mount files of the host into a running container")]
+    MountsAsUser,
+    #[error("mounts[{index}] ({destination}): was not added to the container")]
+    NotAdded { index: usize, destination: String },
     #[error("rejecting memory limit {limit} <= usage {used}")]
     MemoryInUse { limit: u64, used: u64 },
     #[error("{0} is not supported")]
@@ -169,6 +178,7 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Checkpoint(arguments) => checkpoint::run(&store, &cli.global, arguments),
         Command::Restore(arguments) => restore::run(&store, &cli.global, arguments),
         Command::Template(arguments) => template::run(arguments),
+        Command::Mounts(arguments) => mounts::run(&store, arguments),
         Command::Spec(arguments) => spec::run(arguments),
         Command::Features => features::run(),
         Command::Check(arguments) => check::run(arguments, &store),
@@ -176,7 +186,6 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Uninstall(arguments) => install::uninstall(arguments),
         Command::Completion(arguments) => completion::run(arguments),
         Command::Monitor(arguments) => monitor::run(arguments),
-        other => Err(Error::Unsupported(other.name())),
     }
 }
 

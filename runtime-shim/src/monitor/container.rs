@@ -402,6 +402,17 @@ impl Container {
             Request::Update(cgroup) => self.ask_live(verb, Asked::Verb(verb), now, |container| {
                 AgentRequest::Update { container, cgroup }
             }),
+            Request::Mount(mount) => self.ask_live(verb, Asked::Verb(verb), now, |container| {
+                AgentRequest::Mount { container, mount }
+            }),
+            Request::Unmount { destination } => {
+                self.ask_live(verb, Asked::Verb(verb), now, |container| {
+                    AgentRequest::Unmount {
+                        container,
+                        destination,
+                    }
+                })
+            }
             Request::Usage => self.ask_live(verb, Asked::Verb(verb), now, |container| {
                 AgentRequest::Usage { container }
             }),

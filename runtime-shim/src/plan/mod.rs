@@ -25,7 +25,10 @@ use crate::bundle::Bundle;
 use crate::cli::CgroupManager;
 
 pub use host::{cgroup as cgroup_location, hooks};
-pub use mounts::{OPTIONS as MOUNT_OPTIONS, Source as MountSource, is_bind};
+pub use mounts::{
+    OPTIONS as MOUNT_OPTIONS, Source as MountSource, destination as mount_destination, is_bind,
+    set_default_modes,
+};
 pub use process::{capability, capability_names};
 pub use resources::{io_weight, weight_of_shares};
 pub use vm::{ANNOTATION_PREFIX, default_shape};
@@ -106,9 +109,18 @@ pub struct Share {
     /// Absolute.
     pub source: PathBuf,
     pub kind: ShareKind,
-    pub readonly: bool,
+    pub readonly: ReadOnly,
     /// With the mounts below the source.
     pub recursive: bool,
+}
+
+/// What of a share the monitor can only read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReadOnly {
+    No,
+    /// Mounts below it are as they are on the host: what `ro` means beside `rbind`.
+    Mount,
+    Recursive,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -407,7 +419,10 @@ fn root_share(bundle: &Bundle, readonly: bool) -> Share {
         name: ROOTFS_SHARE.to_owned(),
         source: bundle.rootfs.clone(),
         kind: ShareKind::Directory,
-        readonly,
+        readonly: match readonly {
+            true => ReadOnly::Recursive,
+            false => ReadOnly::No,
+        },
         // Engines mount volumes and overlays below the root file system they prepare.
         recursive: true,
     }

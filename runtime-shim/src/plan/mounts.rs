@@ -7,7 +7,8 @@ use agent_protocol::{Mount, MountSource};
 use oci_spec::runtime as oci;
 
 use super::{
-    MountPoint, PlanError, Share, ShareKind, SourceKind, Warnings, devices, invalid, unsupported,
+    MountPoint, PlanError, ReadOnly, Share, ShareKind, SourceKind, Warnings, devices, invalid,
+    unsupported,
 };
 
 /// Each is a mount on the host and one in the guest.
@@ -111,6 +112,22 @@ pub fn mounts(
         plan.shares.extend(share);
     }
     Ok(plan)
+}
+
+/// A tmpfs takes the mode of the directory that it is mounted on. One that had to be made says nothing of what the
+/// image wants: then it is the kernel's default, open to all.
+pub fn set_default_modes(mounts: &mut [Mount], made: &[String]) {
+    for mount in mounts {
+        let given = mount
+            .data
+            .split(',')
+            .any(|option| option.starts_with("mode="));
+        if mount.kind == "tmpfs" && !given && made.contains(&mount.destination) {
+            let separator = if mount.data.is_empty() { "" } else { "," };
+            mount.data.push_str(separator);
+            mount.data.push_str("mode=1777");
+        }
+    }
 }
 
 fn is_below(path: &str, ancestor: &str) -> bool {
@@ -252,7 +269,14 @@ fn bind(
         name: source.share_name.clone(),
         source: path,
         kind,
-        readonly: options.flags & libc::MS_RDONLY != 0 || options.recursive_set & ATTR_RDONLY != 0,
+        readonly: match (
+            options.recursive_set & ATTR_RDONLY,
+            options.flags & libc::MS_RDONLY,
+        ) {
+            (0, 0) => ReadOnly::No,
+            (0, _) => ReadOnly::Mount,
+            _ => ReadOnly::Recursive,
+        },
         recursive,
     };
     let from = MountSource::Share {
@@ -333,7 +357,7 @@ fn mappings_empty(mount: &oci::Mount) -> bool {
 }
 
 /// Absolute and normal: what `..` leads to is for the agent to find out, inside the root.
-fn destination(field: &str, path: &Path) -> Result<String, PlanError> {
+pub fn destination(field: &str, path: &Path) -> Result<String, PlanError> {
     let text = path
         .to_str()
         .ok_or_else(|| invalid(format!("{field}.destination"), "is not UTF-8"))?;

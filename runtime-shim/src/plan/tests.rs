@@ -80,7 +80,7 @@ fn a_small_container() {
         (root.name.as_str(), root.source.as_path()),
         ("rootfs", Path::new("/bundle/rootfs"))
     );
-    assert!(root.readonly && root.recursive);
+    assert!(root.readonly == ReadOnly::Recursive && root.recursive);
 }
 
 #[test]

@@ -43,6 +43,7 @@ fn state(id: &str) -> State {
             vcpus: 1,
             memory_mib: 96,
         },
+        mounts: Vec::new(),
     }
 }
 

@@ -70,7 +70,7 @@ fn directories_and_files_of_the_host() {
             name: "m0".into(),
             source: "/s".into(),
             kind: ShareKind::Directory,
-            readonly: true,
+            readonly: ReadOnly::Mount,
             recursive: true,
         }
     );
@@ -83,14 +83,14 @@ fn directories_and_files_of_the_host() {
     assert_eq!(share.source, Path::new("/bundle/hosts"));
     assert_eq!(
         (share.kind, share.readonly, share.recursive),
-        (ShareKind::File, false, false)
+        (ShareKind::File, ReadOnly::No, false)
     );
     // So is the option.
     let (_, share) = single(
         json!({"destination": "/d", "type": "none", "source": "/s", "options": ["bind", "rro"]}),
         DIRECTORY,
     );
-    assert!(share.unwrap().readonly);
+    assert_eq!(share.unwrap().readonly, ReadOnly::Recursive);
 }
 
 #[test]
@@ -353,4 +353,21 @@ fn mount_points_are_those_not_below_other_mounts() {
     )
     .unwrap();
     assert!(plan.own_dev);
+}
+
+#[test]
+fn a_tmpfs_on_a_directory_that_was_made_is_open_to_all() {
+    let text = r#"[
+        {"destination": "/a", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m"]},
+        {"destination": "/b", "type": "tmpfs", "source": "tmpfs"},
+        {"destination": "/c", "type": "tmpfs", "source": "tmpfs", "options": ["mode=700"]},
+        {"destination": "/d", "type": "proc", "source": "proc"}
+    ]"#;
+    let mounts: Vec<oci::Mount> = serde_json::from_str(text).unwrap();
+    let mut warnings = Warnings::default();
+    let mut plan = super::mounts(&mounts, &[None; 4], Path::new("/bundle"), &mut warnings).unwrap();
+    let made = ["/a", "/c", "/d"].map(str::to_owned);
+    set_default_modes(&mut plan.guest, &made);
+    let data: Vec<&str> = plan.guest.iter().map(|mount| mount.data.as_str()).collect();
+    assert_eq!(data, ["size=1m,mode=1777", "", "mode=700", ""]);
 }
