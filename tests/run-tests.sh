@@ -19,6 +19,8 @@ if [ $# -eq 0 ]; then
     cargo clippy --quiet --workspace --all-targets -- -D warnings
     say "dependencies"
     python3 tests/dependencies.py
+    say "table of fields"
+    tests/fields.py --check
     say "unit and device tests"
     cargo test --quiet --workspace --exclude tests --exclude agent
     cargo test --quiet -p agent --bins

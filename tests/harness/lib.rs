@@ -4,6 +4,7 @@
 
 pub mod bundle;
 pub mod engine;
+pub mod fields;
 pub mod inventory;
 pub mod runtime;
 

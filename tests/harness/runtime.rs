@@ -86,9 +86,13 @@ impl Runtime {
 
     /// Whether this is `sandbox`, for what only a VM shows.
     pub fn is_sandbox(&self) -> bool {
-        self.program
-            .file_name()
-            .is_some_and(|name| name == "sandbox")
+        self.name() == "sandbox"
+    }
+
+    /// `sandbox`, `runc`, `crun`.
+    pub fn name(&self) -> &str {
+        let name = self.program.file_name();
+        name.and_then(|name| name.to_str()).unwrap_or_default()
     }
 
     pub fn root(&self) -> &Path {
