@@ -18,13 +18,14 @@ use std::time::{Duration, Instant};
 use agent_protocol::CONTROL_PORT;
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::thread::set_name;
-use vmm::{HostStream, Machine, SnapshotFiles, VmConfig};
+use vmm::{HostStream, Machine, NetworkCard, SnapshotFiles, VmConfig};
 
 use crate::agent_client::AgentClient;
 use crate::channel::Channel;
+use crate::network::Joined;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{console, control, logging, sandbox, signal_fd, stages, stdio};
+use crate::{console, control, logging, network, sandbox, signal_fd, stages, stdio};
 use checkpoint::Checkpoint;
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
@@ -92,7 +93,7 @@ fn serve(mut creator: Channel, order: Order, files: Vec<OwnedFd>) -> u8 {
 /// creating verb has given up.
 fn set_up(
     creator: &mut Channel,
-    order: Order,
+    mut order: Order,
     files: Vec<OwnedFd>,
 ) -> Result<Option<Parts>, Failure> {
     stages::mark("spawn");
@@ -146,6 +147,12 @@ fn set_up(
     }
     if order.hooks && creator.receive::<Go>(None).is_err() {
         return Ok(None);
+    }
+    // A new namespace is empty, unless a hook has put something into it.
+    if order.joins_links && (order.hooks || order.network != Network::New) {
+        tell(creator, Report::Stage(Stage::Network))?;
+        let joined = network::join(false).map_err(at(Stage::Network))?;
+        order.guest.cards = plug(&mut machine, joined).map_err(at(Stage::Network))?;
     }
     tell(creator, Report::Stage(Stage::Jail))?;
     let mut guest = order.guest;
@@ -208,6 +215,21 @@ fn restore_machine(
     let (machine, owner) = Machine::restore_running(config, files).map_err(at(Stage::Restore))?;
     let checkpoint = Checkpoint::decode(&owner, shares).map_err(at(Stage::Restore))?;
     Ok((machine, checkpoint))
+}
+
+/// Gives the machine cards for taps, and tells what the guest is to do with them.
+fn plug(
+    machine: &mut Machine,
+    joined: Vec<(Joined, OwnedFd)>,
+) -> Result<Vec<agent_protocol::Card>, vmm::Error> {
+    let mut cards = Vec::with_capacity(joined.len());
+    for (Joined { mut card, mac, mtu }, tap) in joined {
+        let slot = machine.plug_network(NetworkCard { tap, mac, mtu })?;
+        // A VM has less than a dozen of slots.
+        card.slot = slot as u8;
+        cards.push(card);
+    }
+    Ok(cards)
 }
 
 /// Restores the template, or boots and makes it.

@@ -43,6 +43,7 @@ use crate::hooks::HookError;
 use crate::logging::LoggingError;
 use crate::monitor::launch;
 use crate::mount_points::MountPointError;
+use crate::network;
 use crate::pid_file::PidFileError;
 use crate::plan::PlanError;
 use crate::sandbox;
@@ -87,6 +88,8 @@ pub enum Error {
     Image(#[from] checkpoint::ImageError),
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
+    #[error(transparent)]
+    Network(#[from] network::Error),
     #[error("guest file {path}", path = .0.display())]
     GuestFile(PathBuf, #[source] io::Error),
     #[error("/dev/kvm ({hint})")]

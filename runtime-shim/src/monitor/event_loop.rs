@@ -388,6 +388,10 @@ impl EventLoop {
                 }
             }
             Action::Reset { port } => self.machine.close_stream(port),
+            Action::Plug { verb, cards } => {
+                let plugged = super::plug(&mut self.machine, cards).map_err(|error| chain(&error));
+                return Ok(self.container.plugged(verb, plugged, now));
+            }
             Action::Answer { verb, reply } => return Ok(self.answer(verb, &reply)),
             Action::Save { files } => return Ok(self.save(files)),
             Action::Thaw => self.machine.thaw(),
@@ -492,6 +496,7 @@ fn next_request(channel: &mut Channel) -> Result<Option<(Request, Vec<OwnedFd>)>
     let count = match &request {
         Request::Exec { stdio, .. } => stdio.count(),
         Request::Checkpoint => 2,
+        Request::Start { cards } => cards.len(),
         _ => 0,
     };
     Ok(Some((request, channel.take_fds(count)?)))

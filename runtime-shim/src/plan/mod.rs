@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::Bundle;
 use crate::cli::CgroupManager;
 
-pub use host::{cgroup as cgroup_location, hooks};
+pub use host::{cgroup as cgroup_location, hooks, joins_links, network};
 pub use mounts::{
     OPTIONS as MOUNT_OPTIONS, Source as MountSource, destination as mount_destination, is_bind,
     set_default_modes,
@@ -72,7 +72,7 @@ pub enum SourceKind {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     pub vm: VmShape,
-    /// `state` is left empty: it has the pid of the monitor, known only then.
+    /// `state` and `cards` are left empty: the pid of the monitor and what is found in its namespace are known only then.
     pub guest: GuestPlan,
     pub host: HostPlan,
     /// One line each, naming the field.
@@ -96,6 +96,8 @@ pub struct HostPlan {
     pub limits: HostLimits,
     pub hooks: HostHooks,
     pub network: Network,
+    /// The links of the network namespace are for the guest.
+    pub joins_links: bool,
     pub oom_score_adj: Option<i32>,
     /// Open files that the container may have, so that the file server can serve them.
     pub open_files: Option<u64>,
@@ -317,6 +319,7 @@ pub fn plan(bundle: &Bundle, options: &Options, facts: &HostFacts) -> Result<Pla
         limits: resources::host(resources, vm, &mut warnings)?,
         hooks,
         network,
+        joins_links: host::joins_links(spec),
         oom_score_adj: process.oom_score_adj,
         open_files,
         annotations: spec
@@ -351,6 +354,7 @@ pub fn plan(bundle: &Bundle, options: &Options, facts: &HostFacts) -> Result<Pla
         readonly_paths: guest::paths("linux.readonlyPaths", linux.readonly_paths())?,
         sysctls: guest::sysctls(linux, namespaces)?,
         cgroup,
+        cards: Vec::new(),
         process,
         start_hooks,
         state: String::new(),
