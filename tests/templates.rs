@@ -2,7 +2,7 @@
 //! Starts from a template: as good as a boot, and no two of them alike.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -131,4 +131,84 @@ fn several_cpus_go_on() {
         let outcome = finish(command);
         assert_eq!(outcome.ok(), "2\n20000\n20000\n20000\n20000");
     }
+}
+
+impl Templates {
+    fn call(&self, runtime: &Runtime, arguments: &[&str]) -> Outcome {
+        let mut command = runtime.command();
+        command.arg("template").args(arguments);
+        command.env("SANDBOX_TEMPLATES", &self.0);
+        finish(command)
+    }
+
+    /// Names, and whether they can be used.
+    fn list(&self, runtime: &Runtime) -> Vec<(String, bool)> {
+        let listed = self.call(runtime, &["list", "--format", "json"]);
+        let listed: serde_json::Value = serde_json::from_str(listed.ok()).unwrap();
+        let entries = listed.as_array().unwrap().iter();
+        entries
+            .map(|entry| {
+                let name = entry["name"].as_str().unwrap().to_owned();
+                (name, entry["usable"].as_bool().unwrap())
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn templates_are_made_listed_and_removed() {
+    let runtime = Runtime::new();
+    if !runtime.is_sandbox() {
+        return;
+    }
+    let templates = Templates::new("verbs");
+    assert_eq!(templates.list(&runtime), []);
+    templates.call(&runtime, &["create"]).ok();
+    let made = templates.list(&runtime);
+    let [(name, true)] = made.as_slice() else {
+        panic!("{made:?}");
+    };
+    let before = fs::metadata(templates.file("state")).unwrap();
+    templates.call(&runtime, &["create"]).ok();
+    assert_eq!(templates.run(&runtime, "echo up").ok(), "up");
+    let after = fs::metadata(templates.file("state")).unwrap();
+    assert_eq!(before.ino(), after.ino(), "the container used it");
+    let missing = templates.call(&runtime, &["remove", "0-1-1"]);
+    assert!(missing.refusal().contains("does not exist"), "{missing:?}");
+    let outside = templates.call(&runtime, &["remove", "../x"]);
+    assert!(outside.refusal().contains("does not exist"), "{outside:?}");
+
+    // Gone under a container that runs from it.
+    let script = "touch /tmp/up; while [ ! -e /tmp/go ]; do :; done; ls / | wc -l; echo done";
+    let bundle = Bundle::script(script).build();
+    let mut command = runtime.run_command(&bundle);
+    command.env("SANDBOX_TEMPLATES", &templates.0);
+    let running = std::thread::spawn(move || finish(command));
+    harness::wait_until("it runs", || bundle.rootfs().join("tmp/up").exists());
+    templates.call(&runtime, &["remove", name]).ok();
+    assert_eq!(templates.list(&runtime), []);
+    fs::write(bundle.rootfs().join("tmp/go"), "").unwrap();
+    assert!(running.join().unwrap().ok().ends_with("done"));
+
+    // What cannot be used, and what an interrupted process has left.
+    fs::write(templates.0.join("0123-4567-1-512.memory"), "").unwrap();
+    fs::write(templates.0.join("draft-0123-4567-1-512-99999999.state"), "").unwrap();
+    let stale = ("0123-4567-1-512".to_owned(), false);
+    assert_eq!(templates.list(&runtime), [stale]);
+    templates.call(&runtime, &["prune"]).ok();
+    assert_eq!(fs::read_dir(&templates.0).unwrap().count(), 0);
+
+    // Without one, and where the directory is not fit to hold any.
+    let bundle = Bundle::script("echo up").build();
+    let mut command = runtime.command();
+    command
+        .args(["run", "--no-template", "-b"])
+        .arg(bundle.path())
+        .arg(harness::runtime::new_id())
+        .env("SANDBOX_TEMPLATES", &templates.0);
+    assert_eq!(finish(command).ok(), "up");
+    assert_eq!(fs::read_dir(&templates.0).unwrap().count(), 0);
+    fs::set_permissions(&templates.0, fs::Permissions::from_mode(0o755)).unwrap();
+    let open = templates.call(&runtime, &["list"]);
+    assert!(open.refusal().contains("closed to others"), "{open:?}");
 }
