@@ -190,6 +190,9 @@ pub enum Command {
     /// Start a container from a checkpoint
     #[command(display_order = 16)]
     Restore(Box<Restore>),
+    /// Make running copies of a running container
+    #[command(display_order = 17)]
+    Fork(Fork),
     /// Look after the booted guests that containers start from
     #[command(display_order = 17, subcommand)]
     Template(Template),
@@ -239,6 +242,7 @@ impl Command {
             Command::Mounts(_) => "mounts",
             Command::Checkpoint(_) => "checkpoint",
             Command::Restore(_) => "restore",
+            Command::Fork(_) => "fork",
             Command::Template(_) => "template",
             Command::Spec(_) => "spec",
             Command::Features => "features",
@@ -677,6 +681,20 @@ pub struct CriuOptions {
     pub empty_ns: Vec<String>,
     #[arg(long, hide = true)]
     pub auto_dedup: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Fork {
+    /// Number of copies; more than one are named NEW-ID-1, NEW-ID-2 and so on
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub number: u16,
+    /// ID of the running container
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// ID of the copy
+    #[arg(value_name = "NEW-ID")]
+    pub new_id: String,
 }
 
 #[derive(Debug, Subcommand)]

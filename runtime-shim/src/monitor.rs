@@ -23,7 +23,7 @@ use vmm::{HostStream, Machine, NetworkCard, SnapshotFiles, VmConfig};
 use crate::agent_client::AgentClient;
 use crate::channel::Channel;
 use crate::network::Joined;
-use crate::plan::Network;
+use crate::plan::{BOOT_ID, Network};
 use crate::templates::{Draft, Template as VmTemplate};
 use crate::{console, control, logging, network, sandbox, signal_fd, stages, stdio};
 use checkpoint::Checkpoint;
@@ -134,6 +134,15 @@ fn set_up(
     let (mut machine, draft, checkpoint) = match files.checkpoint {
         Some(checkpoint) => {
             let config = config().map_err(at(Stage::Machine))?;
+            // What a copy has beside what it was copied from.
+            let shares: Vec<String> = match order.fork {
+                true => shares
+                    .iter()
+                    .filter(|name| *name != BOOT_ID)
+                    .cloned()
+                    .collect(),
+                false => shares.clone(),
+            };
             let (machine, checkpoint) = restore_machine(config, checkpoint, &shares)?;
             (machine, None, Some(checkpoint))
         }
@@ -177,8 +186,14 @@ fn set_up(
     let (agent, (container, first)) = match checkpoint {
         Some(checkpoint) => (
             AgentClient::resume(agent, checkpoint.agent),
-            Container::restore(checkpoint.container, streams, order.deadlines, now)
-                .map_err(at(Stage::Restore))?,
+            Container::restore(
+                checkpoint.container,
+                streams,
+                order.fork,
+                order.deadlines,
+                now,
+            )
+            .map_err(at(Stage::Restore))?,
         ),
         None => {
             let template = Template {

@@ -16,8 +16,8 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, mkdirat, open, ope
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
-    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
-    mount_change, move_mount, open_tree, unmount,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
+    fsopen, mount_change, move_mount, open_tree, unmount,
 };
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, fchdir, getrlimit, pivot_root, set_dumpable_behavior,
@@ -25,7 +25,7 @@ use rustix::process::{
 };
 use rustix::thread::{UnshareFlags, set_no_new_privs, unshare_unsafe};
 
-use crate::plan::{ReadOnly, Share, ShareKind};
+use crate::plan::{Overlay, ReadOnly, Share, ShareKind};
 
 /// Open files for the file server, where the container does not say more.
 const OPEN_FILES: u64 = 1 << 20;
@@ -155,13 +155,18 @@ fn tree(share: &Share) -> Result<OwnedFd, Error> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let source = open(&share.source, flags, Mode::empty()).map_err(fail("open"))?;
     check_kind(source.as_fd(), share)?;
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    if share.recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    let tree = open_tree(source.as_fd(), "", flags).map_err(fail("bind"))?;
+    let tree = match &share.overlay {
+        Some(overlay) => mount_overlay(source.as_fd(), overlay).map_err(fail("overlay"))?,
+        None => {
+            let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+                | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                | OpenTreeFlags::AT_EMPTY_PATH;
+            if share.recursive {
+                flags |= OpenTreeFlags::AT_RECURSIVE;
+            }
+            open_tree(source.as_fd(), "", flags).map_err(fail("bind"))?
+        }
+    };
     let set = |attributes, below| {
         set_attributes(tree.as_fd(), attributes, MountAttrFlags::empty(), below)
             .map_err(fail("set mount attributes"))
@@ -176,6 +181,22 @@ fn tree(share: &Share) -> Result<OwnedFd, Error> {
         set(MountAttrFlags::MOUNT_ATTR_RDONLY, below)?;
     }
     Ok(tree)
+}
+
+/// A view of a directory whose changes go elsewhere, attached nowhere yet.
+fn mount_overlay(lower: BorrowedFd<'_>, overlay: &Overlay) -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    // By descriptor: a path may have characters that mean something to overlayfs.
+    let lower = format!("/proc/self/fd/{}", lower.as_raw_fd());
+    fsconfig_set_string(context.as_fd(), "lowerdir", lower.as_str())?;
+    fsconfig_set_string(context.as_fd(), "upperdir", &*overlay.upper)?;
+    fsconfig_set_string(context.as_fd(), "workdir", &*overlay.work)?;
+    if !crate::store::is_host_root() {
+        fsconfig_set_flag(context.as_fd(), "userxattr")?;
+    }
+    fsconfig_create(context.as_fd())?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    fsmount(context.as_fd(), flags, MountAttrFlags::empty())
 }
 
 /// Attaches a further share to the root of a monitor that is in its jail, from outside: it gets no right by it. The
@@ -439,6 +460,7 @@ mod tests {
             kind,
             readonly,
             recursive: true,
+            overlay: None,
         }
     }
 

@@ -115,6 +115,9 @@ pub struct State {
     /// Added since the creation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<AddedMount>,
+    /// The container that this one is a copy of: its files lie below this one's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forked_from: Option<String>,
 }
 
 /// A mount that was added to a running container.
@@ -437,12 +440,15 @@ impl Locked {
     }
 
     fn remove_directory(&self) -> Result<(), StoreError> {
-        self.remove_content(&self.directory, MAX_DEPTH)?;
+        // What lay deeper is at the top now.
+        while self.remove_content(&self.directory, MAX_DEPTH)? {}
         rustix::fs::unlinkat(&self.root, self.id.as_str(), AtFlags::REMOVEDIR)
             .map_err(|error| self.io("remove", ".", error))
     }
 
-    fn remove_content(&self, directory: &OwnedFd, depth: u32) -> Result<(), StoreError> {
+    /// True: something was too deep and has been moved to the top, where it is to be removed next.
+    fn remove_content(&self, directory: &OwnedFd, depth: u32) -> Result<bool, StoreError> {
+        let mut moved = false;
         let items = Dir::read_from(directory).map_err(|error| self.io("read", ".", error))?;
         for item in items {
             let item = item.map_err(|error| self.io("read", ".", error))?;
@@ -469,10 +475,15 @@ impl Locked {
                     },
                     error => self.io("open", &shown, error),
                 })?;
-                let depth = depth
-                    .checked_sub(1)
-                    .ok_or_else(|| self.io("remove", &shown, Errno::NAMETOOLONG))?;
-                self.remove_content(&inner, depth)?;
+                let Some(depth) = depth.checked_sub(1) else {
+                    // Its number is unique on its file system, and it was never at the top before.
+                    let top = format!(".deep-{}", stat.st_ino);
+                    rustix::fs::renameat(directory, name, &self.directory, top)
+                        .map_err(|error| self.io("move", &shown, error))?;
+                    moved = true;
+                    continue;
+                };
+                moved |= self.remove_content(&inner, depth)?;
                 AtFlags::REMOVEDIR
             } else {
                 AtFlags::empty()
@@ -488,7 +499,7 @@ impl Locked {
                 Err(error) => return Err(self.io("remove", &shown, error)),
             }
         }
-        Ok(())
+        Ok(moved)
     }
 
     fn write(&self, name: &'static str, content: &[u8]) -> Result<(), StoreError> {

@@ -17,7 +17,7 @@ use crate::control::Request;
 use crate::store::Store;
 
 /// The memory of the guest goes to a disk meanwhile.
-const PATIENCE: Duration = Duration::from_secs(600);
+pub const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The files of a checkpoint.
 pub const STATE: &str = "state";
@@ -36,6 +36,9 @@ pub fn run(store: &Store, global: &Global, arguments: &Checkpoint) -> Result<u8,
     let container = store.lock(&arguments.id)?;
     let state = container.load()?;
     state.status().can_checkpoint()?;
+    if state.forked_from.is_some() {
+        return Err(Error::Unsupported("checkpoint of a forked container"));
+    }
     if let Some(path) = &arguments.work_path {
         // runc puts its logs there; engines expect it to exist afterwards.
         make_directory(path)?;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use agent_protocol::WindowSize;
 use vmm::SnapshotFiles;
 
-use super::Error;
+use super::{Error, fork};
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroup, CgroupError, Hierarchies};
 use crate::cli::{Create, CreateOptions, Global};
@@ -52,6 +52,8 @@ pub struct Wanted<'a> {
     pub signals: BorrowedFd<'a>,
     /// It goes on from here.
     pub checkpoint: Option<&'a SnapshotFiles>,
+    /// As a copy of this container.
+    pub forked_from: Option<&'a str>,
 }
 
 /// A container that has come into being. Its monitor is killed when this is dropped.
@@ -76,22 +78,51 @@ pub fn run(store: &Store, global: &Global, arguments: &Create) -> Result<u8, Err
         mode: Mode::Create,
         signals: signals.as_fd(),
         checkpoint: None,
+        forked_from: None,
     };
     let created = create(wanted)?;
     created.monitor.release();
     Ok(0)
 }
 
+/// A container whose monitor has its order. All of it goes when this is dropped, the monitor first.
+#[derive(Debug)]
+pub struct Begun<'a> {
+    monitor: Monitor,
+    links: Links,
+    terminal: Option<Terminal>,
+    cgroup: Option<Cgroup>,
+    container: Locked,
+    state: State,
+    host: HostPlan,
+    wanted: Wanted<'a>,
+}
+
 /// Makes a container up to where its mode says, with its state saved and its pid file written.
 pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
+    begin(wanted)?.finish()
+}
+
+pub fn begin(wanted: Wanted<'_>) -> Result<Begun<'_>, Error> {
     let bundle = Bundle::load(wanted.bundle, wanted.options.config.as_deref())?;
     let mut plan = make_plan(&bundle, wanted)?;
+    if wanted.forked_from.is_some() {
+        plan.host = plan.host.of_fork(wanted.id);
+    }
     check_options(wanted, &plan)?;
     let files = HostFiles::open()?;
 
     let container = wanted.store.claim(wanted.id)?;
     container.save_config(&bundle.config)?;
+    if wanted.forked_from.is_some() {
+        fork::prepare(
+            &container,
+            &wanted.store.directory(wanted.id),
+            &mut plan.host,
+        )?;
+    }
     let mut state = initial_state(&bundle, wanted.id, &plan)?;
+    state.forked_from = wanted.forked_from.map(ToOwned::to_owned);
     let hierarchies = hierarchies(&plan.host)?;
     // Before they are made: so `delete` finds them even if this process is killed meanwhile.
     let planned = |found: &Hierarchies| Cgroup::planned(found, &plan.host.cgroup);
@@ -102,7 +133,7 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     let cgroup = make_cgroup(hierarchies.as_ref(), &plan.host)?;
     let terminal = open_terminal(wanted, &plan)?;
     // Dropped after the monitor has gone.
-    let mut links = Links(network_path(&plan.host));
+    let links = Links(network_path(&plan.host));
     let mut monitor = Monitor::spawn(wanted.id, terminal.is_none(), wanted.global)?;
     // It waits for its order; later it may have ended already.
     let process = Identity::of(monitor.pid()).ok_or(Error::NoIdentity)?;
@@ -121,18 +152,47 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
         terminal.as_ref(),
     )?;
     run_hooks(&mut monitor, &state, &plan.host, wanted.signals)?;
-    monitor.expect(&Report::Created, wanted.signals)?;
-    let terminal = terminal.and_then(|terminal| terminal.into_own_master(wanted.options));
     state.process = process;
-    state.status = Status::Created;
-    let created = finish(
-        wanted, container, cgroup, state, monitor, terminal, plan.host,
-    )?;
-    links.0 = None;
-    Ok(created)
+    Ok(Begun {
+        monitor,
+        links,
+        terminal,
+        cgroup,
+        container,
+        state,
+        host: plan.host,
+        wanted,
+    })
+}
+
+impl Begun<'_> {
+    /// Waits until the monitor has come so far.
+    pub fn expect(&mut self, report: &Report) -> Result<(), Error> {
+        Ok(self.monitor.expect(report, self.wanted.signals)?)
+    }
+
+    pub fn finish(mut self) -> Result<Created, Error> {
+        self.expect(&Report::Created)?;
+        let Begun {
+            monitor,
+            mut links,
+            terminal,
+            cgroup,
+            container,
+            mut state,
+            host,
+            wanted,
+        } = self;
+        let terminal = terminal.and_then(|terminal| terminal.into_own_master(wanted.options));
+        state.status = Status::Created;
+        let created = finish(wanted, container, cgroup, state, monitor, terminal, host)?;
+        links.0 = None;
+        Ok(created)
+    }
 }
 
 /// A network namespace in which links may have been joined. They are let go of when this is dropped.
+#[derive(Debug)]
 struct Links(Option<PathBuf>);
 
 impl Drop for Links {
@@ -229,6 +289,7 @@ fn initial_state(bundle: &Bundle, id: &str, plan: &Plan) -> Result<State, Error>
         cgroups: Vec::new(),
         vm: plan.vm,
         mounts: Vec::new(),
+        forked_from: None,
     })
 }
 
@@ -270,6 +331,7 @@ fn is_denied(error: &CgroupError) -> bool {
 }
 
 /// The terminal of the init process on the host.
+#[derive(Debug)]
 struct Terminal(Pty);
 
 impl Terminal {
@@ -315,6 +377,7 @@ fn give_order(
         hooks: has_create_hooks(&plan.host),
         terminal: terminal.is_some(),
         restore: wanted.checkpoint.is_some(),
+        fork: wanted.forked_from.is_some(),
         template: !wanted.options.no_template,
         deadlines: Deadlines::from_environment(),
     };

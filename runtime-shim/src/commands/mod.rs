@@ -11,6 +11,7 @@ mod exec;
 mod exec_process;
 mod exec_stub;
 mod features;
+mod fork;
 mod install;
 mod jail;
 mod kill;
@@ -84,6 +85,8 @@ pub enum Error {
     PidFile(#[from] PidFileError),
     #[error(transparent)]
     Template(#[from] template::TemplateError),
+    #[error(transparent)]
+    ForkFiles(#[from] fork::ForkError),
     #[error(transparent)]
     Image(#[from] checkpoint::ImageError),
     #[error(transparent)]
@@ -180,6 +183,7 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Update(arguments) => update::run(&store, arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&store, &cli.global, arguments),
         Command::Restore(arguments) => restore::run(&store, &cli.global, arguments),
+        Command::Fork(arguments) => fork::run(&store, &cli.global, arguments),
         Command::Template(arguments) => template::run(arguments),
         Command::Mounts(arguments) => mounts::run(&store, arguments),
         Command::Spec(arguments) => spec::run(arguments),

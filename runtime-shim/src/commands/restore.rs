@@ -27,6 +27,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Restore) -> Result<u8, Er
         mode,
         signals: signals.as_fd(),
         checkpoint: Some(&files),
+        forked_from: None,
     })?;
     let end = End {
         detach: arguments.detach,

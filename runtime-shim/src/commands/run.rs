@@ -40,6 +40,7 @@ pub fn run(store: &Store, global: &Global, arguments: &Run) -> Result<u8, Error>
         mode,
         signals: signals.as_fd(),
         checkpoint: None,
+        forked_from: None,
     })?;
     let end = End {
         detach: arguments.detach,
@@ -103,7 +104,7 @@ fn random_id() -> Result<String, Error> {
     Ok(format!("sandbox-{digits}"))
 }
 
-fn wait_for_start(created: &mut Created, signals: BorrowedFd<'_>) -> Result<(), Error> {
+pub fn wait_for_start(created: &mut Created, signals: BorrowedFd<'_>) -> Result<(), Error> {
     created.monitor.expect(&Report::Started, signals)?;
     created.state.status = Status::Running;
     created.container.save(&created.state)?;
@@ -153,7 +154,7 @@ fn attend(
 }
 
 /// What is left of the container, unless somebody else has deleted it.
-fn delete_ended(store: &Store, global: &Global, id: &str) -> Result<(), Error> {
+pub fn delete_ended(store: &Store, global: &Global, id: &str) -> Result<(), Error> {
     match store.lock(id) {
         Ok(container) => delete::destroy(store, global, container),
         Err(StoreError::NotFound) => Ok(()),

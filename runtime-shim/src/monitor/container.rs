@@ -255,6 +255,10 @@ impl Container {
             (Asked::Pause(verb), result) => self.pause_changed(verb, true, result),
             (Asked::Resume(verb), result) => self.pause_changed(verb, false, result),
             (Asked::Freeze, result) => self.frozen(result.err()),
+            (Asked::Identified, Ok(_)) => vec![self.go_on(now)],
+            (Asked::Identified, Err(error)) => {
+                self.fail_guest(format!("give the container the id of a boot: {error}"))
+            }
             (Asked::Restored, Ok(_)) => self.restored(),
             (Asked::Restored, Err(error)) => {
                 self.fail_guest(format!("resume the container: {error}"))
@@ -528,7 +532,7 @@ impl Container {
                 actions
             }
             Asked::Freeze => self.frozen(Some(late("pause the container"))),
-            Asked::Restored => {
+            Asked::Identified | Asked::Restored => {
                 self.fail_guest("the agent did not resume the container in time".into())
             }
             Asked::Pause(verb) | Asked::Resume(verb) | Asked::Verb(verb) => {

@@ -28,6 +28,8 @@ pub struct Order {
     pub terminal: bool,
     /// The state and memory files of a checkpoint come with the order, last.
     pub restore: bool,
+    /// It is a copy of a container that runs on.
+    pub fork: bool,
     /// The guest may be one that was booted before.
     pub template: bool,
     pub deadlines: Deadlines,

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use agent_protocol::Hook;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 
-use super::{CgroupLocation, HostHooks, Network, PlanError, invalid, unsupported};
+use super::{CgroupLocation, HostHooks, HostPlan, Network, PlanError, invalid, unsupported};
 use crate::cli::CgroupManager;
 
 /// `none`: a container that asks for the host's network gets one with a loopback device only.
@@ -115,6 +115,26 @@ pub fn cgroup(
                 Ok(CgroupLocation::Path(clean))
             }
         },
+    }
+}
+
+impl HostPlan {
+    /// For a copy of the container under another id: in a cgroup and a network of its own.
+    pub fn of_fork(self, id: &str) -> HostPlan {
+        let cgroup = match self.cgroup {
+            CgroupLocation::Unchanged => CgroupLocation::Unchanged,
+            CgroupLocation::Path(path) => CgroupLocation::Path(path.with_file_name(id)),
+            CgroupLocation::Systemd { slice, prefix, .. } => CgroupLocation::Systemd {
+                slice,
+                prefix,
+                name: id.to_owned(),
+            },
+        };
+        HostPlan {
+            cgroup,
+            network: Network::New,
+            ..self
+        }
     }
 }
 

@@ -36,6 +36,9 @@ pub use vm::{ANNOTATION_PREFIX, default_shape};
 /// The name of the root file system's share.
 pub const ROOTFS_SHARE: &str = "rootfs";
 
+/// The name of the file that a copy of a container shows as the id of its boot.
+pub const BOOT_ID: &str = "boot_id";
+
 /// What a command adds to the bundle.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -114,6 +117,15 @@ pub struct Share {
     pub readonly: ReadOnly,
     /// With the mounts below the source.
     pub recursive: bool,
+    /// What is changed goes elsewhere.
+    pub overlay: Option<Overlay>,
+}
+
+/// The upper and the work directory of overlayfs(5), absolute and on one file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    pub upper: PathBuf,
+    pub work: PathBuf,
 }
 
 /// What of a share the monitor can only read.
@@ -429,6 +441,7 @@ fn root_share(bundle: &Bundle, readonly: bool) -> Share {
         },
         // Engines mount volumes and overlays below the root file system they prepare.
         recursive: true,
+        overlay: None,
     }
 }
 

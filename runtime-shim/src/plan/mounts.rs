@@ -278,6 +278,7 @@ fn bind(
             _ => ReadOnly::Recursive,
         },
         recursive,
+        overlay: None,
     };
     let from = MountSource::Share {
         path: share.name.clone(),

@@ -44,6 +44,7 @@ fn state(id: &str) -> State {
             memory_mib: 96,
         },
         mounts: Vec::new(),
+        forked_from: None,
     }
 }
 
@@ -312,4 +313,18 @@ fn deleting_stops_at_mounts() {
     );
     assert!(kept);
     test.store.lock("c").unwrap().remove().unwrap();
+}
+
+#[test]
+fn a_directory_however_deep_is_removed() {
+    let test = TestStore::new("deep");
+    let container = test.store.claim("c").unwrap();
+    let mut path = test.path.join("c");
+    for _ in 0..100 {
+        path.push("d");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("file"), "x").unwrap();
+    }
+    container.remove().unwrap();
+    assert!(!test.path.join("c").exists());
 }

@@ -67,6 +67,8 @@ pub enum Asked {
     Resume(Verb),
     /// Pause for a checkpoint.
     Freeze,
+    /// Give a copy the id of a boot of its own.
+    Identified,
     /// Resume after a restore.
     Restored,
     /// The verb gets the answer as it is.

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use agent_protocol::{AgentError, ErrorKind, Request as AgentRequest, Stdio};
+use agent_protocol::{AgentError, ErrorKind, Mount, MountSource, Request as AgentRequest, Stdio};
 use serde::{Deserialize, Serialize};
 use vmm::{HostStream, SnapshotFiles};
 
@@ -17,6 +17,7 @@ use super::streams::Streams;
 use super::{BTreeMap, Container, KILLED, Phase};
 use crate::control::Reply;
 use crate::monitor::order::{Deadlines, Report, Stage};
+use crate::plan::BOOT_ID;
 
 /// A checkpoint that is being made.
 #[derive(Debug)]
@@ -188,6 +189,7 @@ impl Container {
     pub fn restore(
         saved: SavedContainer,
         streams: Streams,
+        fork: bool,
         deadlines: Deadlines,
         now: Instant,
     ) -> Result<(Container, Vec<Action>), RestoreError> {
@@ -225,14 +227,49 @@ impl Container {
             Ok(prepare) => actions.push(prepare),
             Err(error) => actions.extend(container.fail_host(Stage::Restore, error)),
         }
-        actions.push(Action::Ask {
-            request: AgentRequest::Resume {
-                container: container.id.clone(),
-            },
-            asked: Asked::Restored,
-            deadline: Some(now + deadlines.request),
+        actions.push(match fork {
+            true => container.identify(now),
+            false => container.go_on(now),
         });
         Ok((container, actions))
+    }
+
+    /// The guest kernel keeps the id of its boot for good: a copy shows another one in its place.
+    fn identify(&self, now: Instant) -> Action {
+        let mount = Mount {
+            destination: "/proc/sys/kernel/random/boot_id".into(),
+            source: MountSource::Share {
+                path: BOOT_ID.into(),
+                recursive: false,
+            },
+            kind: String::new(),
+            flags: libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+            propagation: Vec::new(),
+            recursive_set: 0,
+            recursive_clear: 0,
+            data: String::new(),
+            copy_up: false,
+            uid_mappings: Vec::new(),
+            gid_mappings: Vec::new(),
+        };
+        Action::Ask {
+            request: AgentRequest::Mount {
+                container: self.id.clone(),
+                mount: Box::new(mount),
+            },
+            asked: Asked::Identified,
+            deadline: Some(now + self.deadlines.request),
+        }
+    }
+
+    pub(super) fn go_on(&self, now: Instant) -> Action {
+        Action::Ask {
+            request: AgentRequest::Resume {
+                container: self.id.clone(),
+            },
+            asked: Asked::Restored,
+            deadline: Some(now + self.deadlines.request),
+        }
     }
 
     /// Its processes go on.

@@ -678,7 +678,7 @@ fn a_restored_container_goes_on_after_it_got_time_and_entropy() {
         stdout: Some(null()),
         stderr: None,
     };
-    let restored = Container::restore(saved.clone(), streams, Deadlines::default(), NOW());
+    let restored = Container::restore(saved.clone(), streams, false, Deadlines::default(), NOW());
     let (mut container, actions) = restored.unwrap();
     assert_eq!(
         words(&actions),
@@ -700,6 +700,21 @@ fn a_restored_container_goes_on_after_it_got_time_and_entropy() {
         input: null(),
         output: null(),
     };
-    let error = Container::restore(saved, terminal, Deadlines::default(), NOW()).unwrap_err();
+    let error = Container::restore(saved, terminal, true, Deadlines::default(), NOW()).unwrap_err();
     assert!(error.to_string().contains("must be false"), "{error}");
+}
+
+#[test]
+fn a_copy_gets_the_id_of_a_boot_before_it_goes_on() {
+    let saved = running().save().unwrap();
+    let streams = Streams::Separate {
+        stdin: None,
+        stdout: Some(null()),
+        stderr: Some(null()),
+    };
+    let restored = Container::restore(saved, streams, true, Deadlines::default(), NOW());
+    let (mut container, actions) = restored.unwrap();
+    assert_eq!(words(&actions)[2..], ["ask Prepare", "ask Mount"]);
+    let actions = container.from_agent(done(Asked::Identified), NOW());
+    assert_eq!(words(&actions), ["ask Resume"]);
 }

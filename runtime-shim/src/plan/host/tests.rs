@@ -158,3 +158,28 @@ fn malformed_hooks_are_named() {
         assert!(error.starts_with(expected), "{error}");
     }
 }
+
+#[test]
+fn a_copy_has_a_cgroup_and_a_network_of_its_own() {
+    let host = |cgroup| HostPlan {
+        shares: Vec::new(),
+        mount_points: Vec::new(),
+        cgroup,
+        limits: Default::default(),
+        hooks: HostHooks::default(),
+        network: Network::Path("/run/netns/a".into()),
+        joins_links: true,
+        oom_score_adj: None,
+        open_files: None,
+        annotations: Default::default(),
+    };
+    let copy = host(CgroupLocation::Path("/pods/a".into())).of_fork("b");
+    assert_eq!(copy.cgroup, CgroupLocation::Path("/pods/b".into()));
+    assert_eq!(copy.network, Network::New);
+    let systemd = |name: &str| CgroupLocation::Systemd {
+        slice: "s.slice".into(),
+        prefix: "p".into(),
+        name: name.into(),
+    };
+    assert_eq!(host(systemd("a")).of_fork("b").cgroup, systemd("b"));
+}

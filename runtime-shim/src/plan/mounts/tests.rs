@@ -72,6 +72,7 @@ fn directories_and_files_of_the_host() {
             kind: ShareKind::Directory,
             readonly: ReadOnly::Mount,
             recursive: true,
+            overlay: None,
         }
     );
     // A source without a slash in front belongs to the bundle; the type alone is enough.
