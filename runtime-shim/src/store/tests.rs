@@ -193,7 +193,7 @@ fn damaged_states_are_named_and_can_be_deleted() {
     std::fs::create_dir(test.path.join("c")).unwrap();
     assert!(matches!(test.store.load("c"), Err(StoreError::NoState)));
     std::fs::create_dir(test.path.join("c/state.json")).unwrap();
-    assert!(matches!(test.store.load("c"), Err(StoreError::Io { .. })));
+    assert!(matches!(test.store.load("c"), Err(StoreError::NotAFile(_))));
     test.store.lock("c").unwrap().remove().unwrap();
 }
 
