@@ -9,7 +9,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 
 use harness::{Bundle, Runtime};
-use runtime_shim::plan::{Share, ShareKind};
+use runtime_shim::plan::{ReadOnly, Share, ShareKind};
 use runtime_shim::sandbox;
 use serde_json::Value;
 use vmm::ThreadKind;
@@ -338,12 +338,13 @@ impl Host {
     }
 
     fn shares(&self) -> [Share; 2] {
-        [("rootfs", false), ("m0", true)].map(|(name, readonly)| Share {
+        [("rootfs", ReadOnly::No), ("m0", ReadOnly::Recursive)].map(|(name, readonly)| Share {
             name: name.into(),
             source: self.directory.join("tree"),
             kind: ShareKind::Directory,
             readonly,
             recursive: true,
+            overlay: None,
         })
     }
 

@@ -396,6 +396,7 @@ fn changed_state(input: &mut Input<'_>) -> Vec<u8> {
         clock: kvm_clock_data::default(),
         ioapic: IoapicState::default(),
         transports: driver.save().into_iter().collect(),
+        running: None,
     };
     let mut body = postcard::to_stdvec(&state).unwrap();
     let length = body.len();

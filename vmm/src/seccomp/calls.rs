@@ -103,7 +103,7 @@ pub(super) const VCPU: &[Call] = &[
     only(libc::SYS_ioctl, &[Is(1, request::GET_XSAVE)]),
     only(libc::SYS_ioctl, &[Is(1, request::GET_XCRS)]),
     // The driver of a network card is ready, and takes what the tap is to hand over unfinished.
-    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD as u64)]),
+    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD)]),
     // The driver reset the vsock device, which drops its streams.
     any(libc::SYS_epoll_ctl),
 ];
