@@ -20,8 +20,10 @@ mod vcpu_state;
 mod vm;
 
 pub use config::{ConfigError, VmConfig};
+pub use devices::virtio::net::NetworkCard;
 pub use devices::virtio::vsock::HostStream;
 pub use machine::{Error, Machine, MachineEvent, SHARE_TAG};
+pub use plan::NETWORK_CARDS;
 pub use probe::{ProbeError, probe};
 pub use snapshot::{SnapshotError, SnapshotFiles};
 pub use vcpu::StopReason;

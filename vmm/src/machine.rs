@@ -20,11 +20,12 @@ use crate::devices::uart::Uart;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET, TransportState};
+use crate::devices::virtio::net::{Net, NetworkCard};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostStream, TX as VSOCK_TRANSMIT, Vsock};
 use crate::devices::virtio::{Kicks, VirtioDevice};
 use crate::memory::{self, GuestMemory};
-use crate::plan::{self, SlotKind, VmPlan};
+use crate::plan::{self, NETWORK_CARDS, Slot, SlotKind, VmPlan};
 use crate::snapshot::{self, MachineState, MemoryId, SnapshotError, SnapshotFiles};
 use crate::vcpu::{StopReason, VcpuShared, VcpuThreads};
 use crate::vcpu_state::VcpuState;
@@ -51,6 +52,8 @@ pub enum Error {
     Create(&'static str, #[source] std::io::Error),
     #[error("cannot share files")]
     Share(#[source] std::io::Error),
+    #[error("more than {NETWORK_CARDS} network cards")]
+    TooManyCards,
     #[error("cannot connect a stream to port {0}")]
     Stream(u32, #[source] std::io::Error),
     #[error(transparent)]
@@ -88,6 +91,8 @@ pub struct Machine {
     files: Arc<Mutex<Fs>>,
     vsock: Arc<Mutex<Vsock>>,
     balloon: Arc<Mutex<Balloon>>,
+    /// Slot and device.
+    network: Vec<(usize, Arc<Mutex<Net>>)>,
     transports: Vec<Arc<MmioTransport>>,
     epoll: Epoll,
     sources: Vec<Source>,
@@ -165,6 +170,7 @@ impl Machine {
             files: devices.files,
             vsock: devices.vsock,
             balloon: devices.balloon,
+            network: devices.network,
             vsock_transport: devices.transports[slot_of(&plan, SlotKind::Vsock)].clone(),
             transports: devices.transports,
             epoll,
@@ -186,6 +192,22 @@ impl Machine {
     /// the limit of open files is final.
     pub fn share_files(&mut self, root: OwnedFd, private: &[&str]) -> Result<(), Error> {
         lock(&self.files).plug(root, private).map_err(Error::Share)
+    }
+
+    /// Plugs a network card, whether the guest runs or not. Drivers see it when the guest has called the host. Returns the number of its slot, which the guest's driver is
+    /// then to be bound to: `virtio-mmio.N` on its platform bus.
+    pub fn plug_network(&mut self, card: NetworkCard) -> Result<usize, Error> {
+        let free = |(_, device): &&(usize, Arc<Mutex<Net>>)| !lock(device).is_plugged();
+        let (slot, device) = self.network.iter().find(free).ok_or(Error::TooManyCards)?;
+        let (slot, device) = (*slot, device.clone());
+        let transport = self.transports[slot].clone();
+        connect(&self.vm, &self.plan.slots[slot], &transport)?;
+        let tap = lock(&device).plug(card);
+        self.watch_kicks(slot).map_err(Error::EventLoop)?;
+        let edges = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        self.watch(tap, Source::Device { slot }, edges)
+            .map_err(Error::EventLoop)?;
+        Ok(slot)
     }
 
     /// Lets the guest connect once to `port` of the host; bytes go between that connection and `stream`.
@@ -286,10 +308,21 @@ impl Machine {
     /// Until the snapshot is made, the vsock device is left alone: it must not know of the guest's call.
     fn kicked(&self, slot: usize, queue: usize) {
         let transport = &self.transports[slot];
-        if self.pending_save.is_some() && Arc::ptr_eq(transport, &self.vsock_transport) {
+        let vsock = Arc::ptr_eq(transport, &self.vsock_transport);
+        if vsock && self.pending_save.is_some() {
             let _ = transport.kicks()[queue].read();
-        } else {
-            transport.process_queue(queue);
+            return;
+        }
+        if vsock && queue == VSOCK_TRANSMIT {
+            self.show_cards();
+        }
+        transport.process_queue(queue);
+    }
+
+    /// The agent calls the host: the guest has booted.
+    fn show_cards(&self) {
+        for (_, device) in &self.network {
+            lock(device).show();
         }
     }
 
@@ -299,6 +332,7 @@ impl Machine {
         }
         let files = self.pending_save.take()?;
         let result = self.save(files).map_err(|error| error.to_string());
+        self.show_cards();
         // The call that was waited for is now to be answered, whichever kick brought us here.
         for queue in 0..=VSOCK_TRANSMIT {
             self.vsock_transport.process_queue(queue);
@@ -340,29 +374,40 @@ impl Machine {
 
     fn register_sources(&mut self) -> std::io::Result<()> {
         use std::os::fd::AsRawFd;
-        self.watch(self.shared.stop_event.as_raw_fd(), Source::VcpuStop)?;
+        let stop = self.shared.stop_event.as_raw_fd();
+        self.watch(stop, Source::VcpuStop, EventSet::IN)?;
         for slot in 0..self.transports.len() {
-            let transport = self.transports[slot].clone();
+            if self.plan.slots[slot].kind == SlotKind::Network {
+                continue;
+            }
             let (kicks, event_source) = {
-                let device = transport.device();
+                let device = self.transports[slot].device();
                 (device.kicks(), device.event_source())
             };
             if kicks == Kicks::EventLoop {
-                for (queue, kick) in transport.kicks().iter().enumerate() {
-                    self.watch(kick.as_raw_fd(), Source::Kick { slot, queue })?;
-                }
+                self.watch_kicks(slot)?;
             }
             if let Some(fd) = event_source {
-                self.watch(fd, Source::Device { slot })?;
+                self.watch(fd, Source::Device { slot }, EventSet::IN)?;
             }
         }
         Ok(())
     }
 
-    fn watch(&mut self, fd: RawFd, source: Source) -> std::io::Result<()> {
+    fn watch_kicks(&mut self, slot: usize) -> std::io::Result<()> {
+        use std::os::fd::AsRawFd;
+        let transport = self.transports[slot].clone();
+        for (queue, kick) in transport.kicks().iter().enumerate() {
+            let source = Source::Kick { slot, queue };
+            self.watch(kick.as_raw_fd(), source, EventSet::IN)?;
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, fd: RawFd, source: Source, events: EventSet) -> std::io::Result<()> {
         let token = self.sources.len() as u64;
         self.sources.push(source);
-        let event = EpollEvent::new(EventSet::IN, token);
+        let event = EpollEvent::new(events, token);
         self.epoll.ctl(ControlOperation::Add, fd, event)
     }
 }
@@ -463,6 +508,7 @@ struct Devices {
     files: Arc<Mutex<Fs>>,
     vsock: Arc<Mutex<Vsock>>,
     balloon: Arc<Mutex<Balloon>>,
+    network: Vec<(usize, Arc<Mutex<Net>>)>,
     transports: Vec<Arc<MmioTransport>>,
 }
 
@@ -476,13 +522,19 @@ impl Devices {
         let files = Arc::new(Mutex::new(files));
         let vsock = Arc::new(Mutex::new(vsock));
         let balloon = Arc::new(Mutex::new(Balloon::new()));
+        let mut network = Vec::new();
         let mut transports = Vec::with_capacity(plan.slots.len());
-        for slot in &plan.slots {
+        for (index, slot) in plan.slots.iter().enumerate() {
             let device: Arc<Mutex<dyn VirtioDevice>> = match slot.kind {
                 SlotKind::Files => files.clone(),
                 SlotKind::Vsock => vsock.clone(),
                 SlotKind::Entropy => Arc::new(Mutex::new(Rng::new())),
                 SlotKind::Balloon => balloon.clone(),
+                SlotKind::Network => {
+                    let card = Arc::new(Mutex::new(Net::new()));
+                    network.push((index, card.clone()));
+                    card
+                }
             };
             let transport = MmioTransport::new(device, memory.clone())
                 .map_err(|error| Error::Create("an event fd", error))?;
@@ -492,6 +544,7 @@ impl Devices {
             files,
             vsock,
             balloon,
+            network,
             transports,
         })
     }
@@ -507,11 +560,18 @@ fn wire(
     let mut bus = Bus::default();
     for (slot, transport) in plan.slots.iter().zip(transports) {
         bus.add(slot.address, layout::VIRTIO_SLOT_SIZE, transport.clone());
-        vm.connect_interrupt(transport.interrupt().line(), slot.pin)?;
-        for (queue, kick) in (0u32..).zip(transport.kicks()) {
-            vm.connect_kick(kick, slot.address + QUEUE_NOTIFY_OFFSET, queue)?;
+        if slot.kind != SlotKind::Network {
+            connect(vm, slot, transport)?;
         }
     }
     bus.add(layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone());
     Ok(bus)
+}
+
+fn connect(vm: &Vm, slot: &Slot, transport: &MmioTransport) -> Result<(), Error> {
+    vm.connect_interrupt(transport.interrupt().line(), slot.pin)?;
+    for (queue, kick) in (0u32..).zip(transport.kicks()) {
+        vm.connect_kick(kick, slot.address + QUEUE_NOTIFY_OFFSET, queue)?;
+    }
+    Ok(())
 }

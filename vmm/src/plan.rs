@@ -12,13 +12,21 @@ pub(crate) enum SlotKind {
     Vsock,
     Entropy,
     Balloon,
+    Network,
 }
 
-const SLOTS: [SlotKind; 4] = [
+/// Network cards that a VM can have. Their slots cost nothing until they are plugged.
+pub const NETWORK_CARDS: usize = 4;
+
+const SLOTS: [SlotKind; 4 + NETWORK_CARDS] = [
     SlotKind::Files,
     SlotKind::Vsock,
     SlotKind::Entropy,
     SlotKind::Balloon,
+    SlotKind::Network,
+    SlotKind::Network,
+    SlotKind::Network,
+    SlotKind::Network,
 ];
 const _: () = assert!(SLOTS.len() <= layout::MAX_VIRTIO_SLOTS);
 

@@ -8,16 +8,17 @@
 
 use std::marker::PhantomData;
 use std::ops::Deref;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
-use vm_memory::{ByteValued, GuestMemory as _, VolatileSlice};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
 
 use super::GuestFault;
 use crate::memory::GuestMemory;
 
 /// The largest number of pieces of guest memory in one chain, and IOV_MAX of the host.
-const SEGMENTS: usize = 1024;
+pub(crate) const SEGMENTS: usize = 1024;
 
 /// A chain as [`pop`] returns it.
 pub(crate) type Chain<'m> = DescriptorChain<&'m GuestMemory>;
@@ -35,6 +36,64 @@ pub(crate) fn pop<'m>(
             source,
         }),
     }
+}
+
+/// Puts chains (head, bytes written) on the used ring so that the driver sees all of them at once: it takes the buffers
+/// of one packet together (virtio 1.2, 5.1.6.4).
+pub(crate) fn publish(
+    index: usize,
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    used: &[(u16, u32)],
+) -> Result<(), GuestFault> {
+    let fault = |source| GuestFault::Queue {
+        queue: index,
+        source,
+    };
+    let Some(((head, length), others)) = used.split_last() else {
+        return Ok(());
+    };
+    let first = queue.next_used();
+    for (position, (head, length)) in (0u16..).zip(others) {
+        // virtio 1.2, 2.7.8: flags and idx, then elements of eight bytes.
+        let slot = u64::from(first.wrapping_add(position) % queue.size());
+        let mut element = [0; 8];
+        element[..4].copy_from_slice(&u32::from(*head).to_le_bytes());
+        element[4..].copy_from_slice(&length.to_le_bytes());
+        memory
+            .write_slice(&element, GuestAddress(queue.used_ring() + 4 + 8 * slot))
+            .map_err(|error| fault(virtio_queue::Error::GuestMemory(error)))?;
+    }
+    // No more than the queue has descriptors.
+    queue.set_next_used(first.wrapping_add(others.len() as u16));
+    queue.add_used(memory, *head, *length).map_err(fault)
+}
+
+/// Whether the driver wants to hear of what has been put on the used ring since `before` (virtio 1.2, 2.7.10).
+pub(crate) fn wants_interrupt(
+    index: usize,
+    queue: &Queue,
+    memory: &GuestMemory,
+    before: u16,
+) -> Result<bool, GuestFault> {
+    let new = queue.next_used().wrapping_sub(before);
+    if new == 0 || !queue.event_idx_enabled() {
+        return Ok(new != 0);
+    }
+    // The used ring is written before the event is read: the driver does it the other way round.
+    fence(Ordering::SeqCst);
+    let used_event = GuestAddress(queue.avail_ring() + 4 + 2 * u64::from(queue.size()));
+    let event: u16 = memory
+        .read_obj(used_event)
+        .map_err(|error| GuestFault::Queue {
+            queue: index,
+            source: virtio_queue::Error::GuestMemory(error),
+        })?;
+    Ok(queue
+        .next_used()
+        .wrapping_sub(u16::from_le(event))
+        .wrapping_sub(1)
+        < new)
 }
 
 /// The readable part of a chain of virtqueue number `queue`, then its writable part (virtio 1.2, 2.7.4.2: the
@@ -282,8 +341,6 @@ impl<'m> Writer<'m> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use virtio_queue::QueueT;
-    use vm_memory::{Bytes, GuestAddress};
 
     const WRITE: u16 = 2;
     const NEXT: u16 = 1;

@@ -389,6 +389,7 @@ impl MmioTransport {
             memory: self.memory.clone(),
             queues,
             interrupt: self.interrupt.clone(),
+            features: state.accepted,
         };
         if let Err(error) = self.device().activate(activation) {
             log::error!("virtio device cannot start: {error}");

@@ -7,6 +7,7 @@ pub(crate) mod chain;
 pub(crate) mod fs;
 pub(crate) mod interrupt;
 pub(crate) mod mmio;
+pub(crate) mod net;
 pub(crate) mod rng;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod test_support;
@@ -57,6 +58,8 @@ pub(crate) struct Activation {
     /// and not `ready()`.
     pub(crate) queues: Vec<ActiveQueue>,
     pub(crate) interrupt: Interrupt,
+    /// What the driver has accepted.
+    pub(crate) features: u64,
 }
 
 /// Who waits for the driver's kicks.
@@ -71,7 +74,7 @@ pub(crate) enum Kicks {
 /// A virtio device behind the MMIO transport. The transport holds the acknowledged features, the status and
 /// the interrupt bits, so that a device is only its own logic.
 pub(crate) trait VirtioDevice: Send + std::fmt::Debug {
-    /// virtio 1.2, section 5.
+    /// virtio 1.2, section 5; 0 while the slot is unplugged and drivers are to leave it alone.
     fn device_type(&self) -> u32;
 
     /// Offered feature bits, without VIRTIO_F_VERSION_1 and VIRTIO_RING_F_EVENT_IDX handled by the transport.

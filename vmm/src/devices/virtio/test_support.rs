@@ -38,6 +38,7 @@ pub(crate) fn activation(
         memory: memory.clone(),
         queues: queues.iter().map(|queue| queue.device_side()).collect(),
         interrupt: interrupt.clone(),
+        features: 0,
     }
 }
 
