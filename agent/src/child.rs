@@ -23,7 +23,7 @@ use crate::{hooks, namespaces, network, syscalls};
 pub(crate) const NEW_USER: u64 = libc::CLONE_NEWUSER as u64;
 pub(crate) const NEW_MOUNT: u64 = libc::CLONE_NEWNS as u64;
 pub(crate) const NEW_PID: u64 = libc::CLONE_NEWPID as u64;
-const NEW_NETWORK: u64 = libc::CLONE_NEWNET as u64;
+pub(crate) const NEW_NETWORK: u64 = libc::CLONE_NEWNET as u64;
 const NEW_CGROUP: u64 = libc::CLONE_NEWCGROUP as u64;
 const NEW_TIME: u64 = libc::CLONE_NEWTIME as u64;
 

@@ -6,24 +6,25 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use agent_protocol::{
-    AgentError, CgroupPlan, ErrorKind, Event, GuestPlan, IdMapping, Mount, Process, Reply, Stdio,
-    Usage,
+    AgentError, Card, CgroupPlan, ErrorKind, Event, GuestPlan, IdMapping, Mount, Process, Reply,
+    Stdio, Usage,
 };
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
 use crate::cgroup::Cgroup;
 use crate::channel::channel;
-use crate::child::{self, Exec, Init, MADE_BY_CHILD, MountChange, NEW_PID, NEW_USER};
+use crate::child::{self, Exec, Init, MADE_BY_CHILD, MountChange, NEW_NETWORK, NEW_PID, NEW_USER};
 use crate::core::{Core, Owner, Source, state_error};
 use crate::error::{Result, Stage, Within, error, refused};
 use crate::instance::{Instance, Phase, Progress, Stdios, open_stdio};
 use crate::mounts::{CgroupView, open_source, open_sources};
+use crate::network::Target;
 use crate::poll::Token;
 use crate::process::set_limits;
 use crate::stdio::Side;
 use crate::syscalls::{Child, fork, set_namespaces};
-use crate::{mounts, namespaces};
+use crate::{mounts, namespaces, network};
 
 /// The number of a container's init process.
 const INIT: u32 = 0;
@@ -116,6 +117,10 @@ impl Container {
                     .unwrap_or_else(|leak| log::warn!("{leak}"));
                 return Err(error);
             }
+            for process in container.processes.values_mut() {
+                // Its end is not to be told of: this is.
+                process.abandon(core, None);
+            }
             container.delete(core, number, Err(error));
         }
         Ok(container)
@@ -157,7 +162,22 @@ impl Container {
             namespaces::write_mappings(pid, &self.uid_mappings, &self.gid_mappings)?;
         }
         set_limits(pid, &plan.process)?;
+        self.configure(core, &plan.cards)?;
         self.process(INIT)?.proceed()
+    }
+
+    /// Sets cards up in the network namespace of the container.
+    fn configure(&self, core: &Core, cards: &[Card]) -> Result<()> {
+        if cards.is_empty() {
+            return Ok(());
+        }
+        let own_network = self.namespaces & NEW_NETWORK != 0;
+        let init = self.process(INIT)?;
+        let target = own_network.then(|| Target {
+            pid: init.pid,
+            pidfd: init.pidfd.as_fd(),
+        });
+        network::configure(cards, target, core.own.as_fd())
     }
 
     fn watch_cgroup(&mut self, core: &mut Core) -> Result<()> {
@@ -192,7 +212,7 @@ impl Container {
         }
     }
 
-    pub(crate) fn start(&mut self, number: u64) -> Result<()> {
+    pub(crate) fn start(&mut self, core: &Core, number: u64, cards: &[Card]) -> Result<()> {
         match self.state {
             State::Created => {}
             State::Running => return Err(state_error("cannot start an already running container")),
@@ -203,6 +223,7 @@ impl Container {
                 return Err(state_error("cannot start a container that has stopped"));
             }
         }
+        self.configure(core, cards)?;
         self.init()?.proceed()?;
         if let Some(init) = self.processes.get_mut(&INIT) {
             init.phase = Phase::Starting { number };

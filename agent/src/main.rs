@@ -27,6 +27,7 @@ mod instance;
 mod log;
 mod mounts;
 mod namespaces;
+mod netlink;
 mod network;
 mod passwd;
 mod poll;

@@ -141,8 +141,8 @@ impl Server {
                 containers.insert(id, container);
                 Ok(Answer::Later)
             }
-            Request::Start { container } => {
-                find(containers, &container)?.start(number)?;
+            Request::Start { container, cards } => {
+                find(containers, &container)?.start(core, number, &cards)?;
                 Ok(Answer::Later)
             }
             Request::Exec {

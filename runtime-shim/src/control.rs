@@ -19,6 +19,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use crate::channel::{self, Channel};
+use crate::network::Joined;
 
 /// Name of the socket in the container's state directory.
 pub const SOCKET: &str = "control";
@@ -31,8 +32,10 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// Executes the init process.
-    Start,
+    /// Executes the init process, with the cards that have come since its creation. Their taps come with the message.
+    Start {
+        cards: Vec<Joined>,
+    },
     /// Runs a further process. Its descriptors come with the message. Answered by
     /// [`Reply::Done`] when the process runs, and [`Reply::Exited`] later.
     Exec {
@@ -161,6 +164,16 @@ impl Client {
     pub fn monitor(&self) -> Option<i32> {
         let peer = rustix::net::sockopt::socket_peercred(&self.channel).ok()?;
         Some(peer.pid.as_raw_nonzero().get())
+    }
+
+    /// Starts the container, with cards whose taps go along. Waits for the answer without a deadline.
+    pub fn start(&mut self, cards: Vec<Joined>, taps: Vec<OwnedFd>) -> Result<(), Error> {
+        let taps: Vec<BorrowedFd<'_>> = taps.iter().map(AsFd::as_fd).collect();
+        self.send(&Request::Start { cards }, &taps)?;
+        match self.receive(None)? {
+            Reply::Done => Ok(()),
+            _ => Err(Error::OutOfTurn),
+        }
     }
 
     /// A reply that has arrived already, for callers with a loop of their own. Call it when the

@@ -16,6 +16,7 @@ pub mod identity;
 pub mod logging;
 pub mod monitor;
 pub mod mount_points;
+pub mod network;
 pub mod pid_file;
 pub mod plan;
 pub mod sandbox;

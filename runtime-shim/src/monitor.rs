@@ -17,12 +17,13 @@ use std::time::{Duration, Instant};
 use agent_protocol::CONTROL_PORT;
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::thread::set_name;
-use vmm::{HostStream, Machine, VmConfig};
+use vmm::{HostStream, Machine, NetworkCard, VmConfig};
 
 use crate::channel::Channel;
+use crate::network::Joined;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{control, sandbox, signal_fd, stages, stdio};
+use crate::{control, network, sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -89,7 +90,7 @@ fn serve(mut creator: Channel, order: Order, files: Vec<OwnedFd>) -> u8 {
 /// creating verb has given up.
 fn set_up(
     creator: &mut Channel,
-    order: Order,
+    mut order: Order,
     files: Vec<OwnedFd>,
 ) -> Result<Option<Parts>, Failure> {
     stages::mark("spawn");
@@ -128,6 +129,12 @@ fn set_up(
     if order.hooks && creator.receive::<Go>(None).is_err() {
         return Ok(None);
     }
+    // A new namespace is empty, unless a hook has put something into it.
+    if order.joins_links && (order.hooks || order.network != Network::New) {
+        tell(creator, Report::Stage(Stage::Network))?;
+        let joined = network::join(false).map_err(at(Stage::Network))?;
+        order.guest.cards = plug(&mut machine, joined).map_err(at(Stage::Network))?;
+    }
     tell(creator, Report::Stage(Stage::Jail))?;
     let root = sandbox::enter(&order.shares, order.open_files).map_err(at(Stage::Jail))?;
     machine
@@ -155,6 +162,21 @@ fn set_up(
         terminal,
         owner,
     }))
+}
+
+/// Gives the machine cards for taps, and tells what the guest is to do with them.
+fn plug(
+    machine: &mut Machine,
+    joined: Vec<(Joined, OwnedFd)>,
+) -> Result<Vec<agent_protocol::Card>, vmm::Error> {
+    let mut cards = Vec::with_capacity(joined.len());
+    for (Joined { mut card, mac, mtu }, tap) in joined {
+        let slot = machine.plug_network(NetworkCard { tap, mac, mtu })?;
+        // A VM has less than a dozen of slots.
+        card.slot = slot as u8;
+        cards.push(card);
+    }
+    Ok(cards)
 }
 
 /// Restores the template, or boots and makes it.

@@ -18,12 +18,13 @@ pub use message::{
     AgentError, Clock, ErrorKind, Event, FromAgent, Reply, Request, Stdio, ToAgent, Usage,
 };
 pub use plan::{
-    Capabilities, CgroupPlan, Device, DeviceKind, GuestPlan, Hook, IdMapping, IoPriority, Mount,
-    MountSource, Process, Rlimit, Scheduler, Seccomp, TimeOffset, WindowSize,
+    Address, Capabilities, Card, CgroupPlan, Device, DeviceKind, GuestPlan, Hook, IdMapping,
+    IoPriority, Mount, MountSource, Neighbour, Process, Rlimit, Route, Scheduler, Seccomp,
+    TimeOffset, WindowSize,
 };
 
 /// Version of the messages. Both sides come from one build, so anything else is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The vsock port on the host (CID 2) that the agent connects to when it is up.
 pub const CONTROL_PORT: u32 = 1;

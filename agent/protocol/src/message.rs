@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{CgroupPlan, GuestPlan, Mount, Process, WindowSize};
+use crate::plan::{Card, CgroupPlan, GuestPlan, Mount, Process, WindowSize};
 
 /// A numbered request, host to guest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,9 +38,11 @@ pub enum Request {
         plan: Box<GuestPlan>,
         stdio: Stdio,
     },
-    /// Executes the init process of a created container. Answered when the exec has happened or failed.
+    /// Executes the init process of a created container, with the cards that came after its creation. Answered when the
+    /// exec has happened or failed.
     Start {
         container: String,
+        cards: Vec<Card>,
     },
     /// Runs a further process. Answered by [`Reply::Created`] when its exec has happened, or by an error.
     Exec {

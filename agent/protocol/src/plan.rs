@@ -2,6 +2,8 @@
 //! A container as the agent is to make it: resolved data, no OCI types. Flags and numbers are those
 //! of the Linux system calls named at each field.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +31,8 @@ pub struct GuestPlan {
     /// Names with dots.
     pub sysctls: Vec<(String, String)>,
     pub cgroup: CgroupPlan,
+    /// In the container's network namespace, or in the machine's if it has none of its own.
+    pub cards: Vec<Card>,
     pub process: Process,
     /// Run in the container's namespaces before the exec of the init process.
     pub start_hooks: Vec<Hook>,
@@ -201,4 +205,50 @@ pub struct Hook {
     pub env: Vec<String>,
     /// Seconds; none: no limit.
     pub timeout: Option<u32>,
+}
+
+/// A network card that the host has plugged. Its hardware address and MTU come with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Card {
+    /// The number of its slot: `virtio-mmio.N` on the platform bus.
+    pub slot: u8,
+    pub name: String,
+    pub up: bool,
+    pub ipv6: bool,
+    pub addresses: Vec<Address>,
+    /// In this order: a gateway has to be reachable when it is named.
+    pub routes: Vec<Route>,
+    /// Permanent ones.
+    pub neighbours: Vec<Neighbour>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Address {
+    pub address: IpAddr,
+    pub prefix: u8,
+    /// The other end, of a point-to-point address.
+    pub peer: Option<IpAddr>,
+    pub broadcast: Option<Ipv4Addr>,
+    /// `RT_SCOPE_*`.
+    pub scope: u8,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    pub destination: IpAddr,
+    pub prefix: u8,
+    pub gateway: Option<IpAddr>,
+    /// Preferred source address.
+    pub source: Option<IpAddr>,
+    pub metric: u32,
+    /// `RT_SCOPE_*`.
+    pub scope: u8,
+    /// The gateway is taken to be on the link.
+    pub on_link: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    pub address: IpAddr,
+    pub mac: [u8; 6],
 }

@@ -222,6 +222,7 @@ impl Guest {
     pub fn start_container(&mut self, container: &str) -> Result<Reply, AgentError> {
         self.ask(Request::Start {
             container: container.into(),
+            cards: vec![],
         })
     }
 
@@ -502,6 +503,7 @@ pub fn plan(command: &str) -> GuestPlan {
         readonly_paths: vec![],
         sysctls: vec![],
         cgroup: CgroupPlan::default(),
+        cards: vec![],
         process: process(&["sh", "-c", command]),
         start_hooks: vec![],
         state: "{}".into(),

@@ -22,10 +22,10 @@ use crate::hooks::{self, Environment};
 use crate::identity::Identity;
 use crate::monitor::launch::Monitor;
 use crate::monitor::order::{Deadlines, Order, Report};
-use crate::plan::{self, CgroupLocation, HostFacts, HostLimits, HostPlan, Options, Plan};
+use crate::plan::{self, CgroupLocation, HostFacts, HostLimits, HostPlan, Network, Options, Plan};
 use crate::status::Status;
 use crate::store::{Locked, State, Store, VERSION, is_host_root, user_name};
-use crate::{channel, control, mount_points, pid_file, signal_fd, time};
+use crate::{channel, control, mount_points, network, pid_file, signal_fd, time};
 
 /// What becomes of the container after its creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +96,8 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     mount_points::make(&bundle.rootfs, &plan.host.mount_points)?;
     let cgroup = make_cgroup(hierarchies.as_ref(), &plan.host)?;
     let terminal = open_terminal(wanted, &plan)?;
+    // Dropped after the monitor has gone.
+    let mut links = Links(network_path(&plan.host));
     let mut monitor = Monitor::spawn(wanted.id, terminal.is_none(), wanted.global)?;
     // It waits for its order; later it may have ended already.
     let process = Identity::of(monitor.pid()).ok_or(Error::NoIdentity)?;
@@ -118,9 +120,29 @@ pub fn create(wanted: Wanted<'_>) -> Result<Created, Error> {
     let terminal = terminal.and_then(|terminal| terminal.into_own_master(wanted.options));
     state.process = process;
     state.status = Status::Created;
-    finish(
+    let created = finish(
         wanted, container, cgroup, state, monitor, terminal, plan.host,
-    )
+    )?;
+    links.0 = None;
+    Ok(created)
+}
+
+/// A network namespace in which links may have been joined. They are let go of when this is dropped.
+struct Links(Option<PathBuf>);
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            network::release(path);
+        }
+    }
+}
+
+fn network_path(host: &HostPlan) -> Option<PathBuf> {
+    match &host.network {
+        Network::Path(path) if host.joins_links => Some(path.clone()),
+        _ => None,
+    }
 }
 
 fn make_plan(bundle: &Bundle, wanted: Wanted<'_>) -> Result<Plan, Error> {
@@ -279,6 +301,7 @@ fn give_order(
         vm: plan.vm,
         shares: plan.host.shares.clone(),
         network: plan.host.network.clone(),
+        joins_links: plan.host.joins_links,
         open_files: plan.host.open_files,
         oom_score_adj: plan.host.oom_score_adj,
         start: wanted.mode != Mode::Create,

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::create::oci_state;
-use super::start::host_hooks;
+use super::start::{host_hooks, spec_of};
 use super::{Error, chain, live};
 use crate::bundle::parse_spec;
 use crate::cgroup::{Cgroup, Hierarchies};
 use crate::cli::{Delete, Global};
 use crate::hooks::{self, Environment};
-use crate::plan::cgroup_location;
+use crate::network;
+use crate::plan::{self, Network, cgroup_location};
 use crate::status::Status;
 use crate::store::{Locked, State, Store, StoreError};
 
@@ -61,6 +62,7 @@ pub fn destroy(store: &Store, global: &Global, container: Locked) -> Result<(), 
         Err(StoreError::NoState) => return Ok(container.remove()?),
         Err(error) if error.is_unreadable() => {
             remove_cgroups(configured_cgroups(store, global, container.id()))?;
+            release_links(store, container.id());
             return Ok(container.remove()?);
         }
         Err(error) => return Err(error.into()),
@@ -72,6 +74,7 @@ pub fn destroy(store: &Store, global: &Global, container: Locked) -> Result<(), 
         return Err(Error::StillThere(state.process.pid));
     }
     remove_cgroups(state.cgroups.clone())?;
+    release_links(store, &state.id);
     poststop(store, &state);
     Ok(container.remove()?)
 }
@@ -96,6 +99,17 @@ fn configured_cgroups(store: &Store, global: &Global, id: &str) -> Vec<PathBuf> 
         Some(Cgroup::planned(&Hierarchies::detect().ok()?, &location))
     };
     directories().unwrap_or_default()
+}
+
+/// What traffic control the container had in a network namespace that others have made.
+fn release_links(store: &Store, id: &str) {
+    let spec = spec_of(store, id);
+    if let Ok(spec) = spec
+        && let Ok(Network::Path(path)) = plan::network(&spec)
+        && plan::joins_links(&spec)
+    {
+        network::release(&path);
+    }
 }
 
 /// All of them, and whatever becomes of them the container is gone.

@@ -37,6 +37,7 @@ use crate::hooks::HookError;
 use crate::logging::LoggingError;
 use crate::monitor::launch;
 use crate::mount_points::MountPointError;
+use crate::network;
 use crate::pid_file::PidFileError;
 use crate::plan::PlanError;
 use crate::sandbox;
@@ -77,6 +78,8 @@ pub enum Error {
     PidFile(#[from] PidFileError),
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
+    #[error(transparent)]
+    Network(#[from] network::Error),
     #[error("guest file {path}", path = .0.display())]
     GuestFile(PathBuf, #[source] io::Error),
     #[error("/dev/kvm ({hint})")]

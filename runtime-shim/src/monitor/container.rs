@@ -15,8 +15,8 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{
-    AgentError, Clock, ErrorKind, Event, GuestPlan, Reply as AgentReply, Request as AgentRequest,
-    Stdio, VERSION,
+    AgentError, Card, Clock, ErrorKind, Event, GuestPlan, Reply as AgentReply,
+    Request as AgentRequest, Stdio, VERSION,
 };
 
 pub use action::{Action, Asked, Verb};
@@ -26,6 +26,7 @@ use super::order::{Deadlines, Failure, Report, Stage};
 use super::wording::start_error;
 use crate::agent_client::Incoming;
 use crate::control::{Reply, Request};
+use crate::network::Joined;
 use action::{answer, refuse, reply};
 use exec::Exec;
 use streams::{FIRST_PORT, streams};
@@ -211,10 +212,11 @@ impl Container {
         ]
     }
 
-    fn ask_start(&self, verb: Option<Verb>, now: Instant) -> Action {
+    fn ask_start(&self, verb: Option<Verb>, cards: Vec<Card>, now: Instant) -> Action {
         Action::Ask {
             request: AgentRequest::Start {
                 container: self.id.clone(),
+                cards,
             },
             asked: Asked::Start(verb),
             deadline: self.start_deadline.map(|time| now + time),
@@ -267,7 +269,7 @@ impl Container {
         if self.start {
             self.phase = Phase::Starting;
             let stage = Report::Stage(Stage::Start);
-            actions.extend([Action::Report(stage), self.ask_start(None, now)]);
+            actions.extend([Action::Report(stage), self.ask_start(None, Vec::new(), now)]);
         }
         actions
     }
@@ -346,7 +348,7 @@ impl Container {
         now: Instant,
     ) -> Vec<Action> {
         match request {
-            Request::Start => self.start(verb, now),
+            Request::Start { cards } => self.start(verb, cards.into_iter().zip(fds).collect(), now),
             Request::Exec {
                 process,
                 stdio,
@@ -411,11 +413,14 @@ impl Container {
         }]
     }
 
-    fn start(&mut self, verb: Verb, now: Instant) -> Vec<Action> {
+    fn start(&mut self, verb: Verb, cards: Vec<(Joined, OwnedFd)>, now: Instant) -> Vec<Action> {
         match self.phase {
             Phase::Created => {
                 self.phase = Phase::Starting;
-                vec![self.ask_start(Some(verb), now)]
+                match cards.is_empty() {
+                    true => vec![self.ask_start(Some(verb), Vec::new(), now)],
+                    false => vec![Action::Plug { verb, cards }],
+                }
             }
             Phase::Starting | Phase::Running => {
                 vec![refuse(verb, "cannot start an already running container")]
@@ -426,6 +431,22 @@ impl Container {
                     verb,
                     "cannot start a container in the creating state",
                 )]
+            }
+        }
+    }
+
+    /// The machine has the cards of a start, or cannot have them.
+    pub fn plugged(
+        &mut self,
+        verb: Verb,
+        result: Result<Vec<Card>, String>,
+        now: Instant,
+    ) -> Vec<Action> {
+        match result {
+            Ok(cards) => vec![self.ask_start(Some(verb), cards, now)],
+            Err(message) => {
+                let kind = ErrorKind::System;
+                self.started(Some(verb), Some(AgentError { kind, message }))
             }
         }
     }

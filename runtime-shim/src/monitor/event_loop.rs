@@ -363,6 +363,10 @@ impl EventLoop {
                 }
             }
             Action::Reset { port } => self.machine.close_stream(port),
+            Action::Plug { verb, cards } => {
+                let plugged = super::plug(&mut self.machine, cards).map_err(|error| chain(&error));
+                return Ok(self.container.plugged(verb, plugged, now));
+            }
             Action::Answer { verb, reply } => return Ok(self.answer(verb, &reply)),
             Action::Hangup { verb } => drop(self.verbs.remove(&verb)),
             Action::Report(report) => {
@@ -420,6 +424,7 @@ fn next_request(channel: &mut Channel) -> Result<Option<(Request, Vec<OwnedFd>)>
     };
     let count = match &request {
         Request::Exec { stdio, .. } => stdio.count(),
+        Request::Start { cards } => cards.len(),
         _ => 0,
     };
     Ok(Some((request, channel.take_fds(count)?)))

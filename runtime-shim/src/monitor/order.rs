@@ -17,6 +17,7 @@ pub struct Order {
     pub vm: VmShape,
     pub shares: Vec<Share>,
     pub network: Network,
+    pub joins_links: bool,
     pub open_files: Option<u64>,
     pub oom_score_adj: Option<i32>,
     /// Start the container as soon as it is created.
@@ -84,6 +85,7 @@ pub enum Report {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
     Setup,
+    Network,
     Jail,
     Machine,
     Boot,
@@ -96,6 +98,7 @@ impl std::fmt::Display for Stage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Stage::Setup => "setting up the monitor",
+            Stage::Network => "joining the network",
             Stage::Jail => "building the jail",
             Stage::Machine => "making the virtual machine",
             Stage::Boot => "booting the guest",

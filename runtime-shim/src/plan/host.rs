@@ -58,6 +58,26 @@ pub fn network(spec: &Spec) -> Result<Network, PlanError> {
     }
 }
 
+/// What says that a container only holds namespaces for others, by container manager.
+const POD_SANDBOX: [(&str, &str); 3] = [
+    ("io.kubernetes.cri.container-type", "sandbox"),
+    ("io.kubernetes.cri-o.ContainerType", "sandbox"),
+    ("io.podman.annotations.infra", "TRUE"),
+];
+
+/// Whether the guest gets the links of the network namespace. The holder of a pod's namespaces leaves them to those that
+/// do the work: a link goes to one guest.
+pub fn joins_links(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    let says = |(key, value): &(&str, &str)| {
+        annotations
+            .and_then(|annotations| annotations.get(*key))
+            .is_some_and(|found| found.eq_ignore_ascii_case(value))
+    };
+    let none = (NETWORK_ANNOTATION, "none");
+    !POD_SANDBOX.iter().chain([&none]).any(says)
+}
+
 pub fn cgroup(
     path: Option<&Path>,
     id: &str,

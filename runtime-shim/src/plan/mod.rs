@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::Bundle;
 use crate::cli::CgroupManager;
 
-pub use host::{cgroup as cgroup_location, hooks};
+pub use host::{cgroup as cgroup_location, hooks, joins_links, network};
 pub use mounts::{OPTIONS as MOUNT_OPTIONS, Source as MountSource, is_bind};
 pub use process::{capability, capability_names};
 pub use resources::{io_weight, weight_of_shares};
@@ -69,7 +69,7 @@ pub enum SourceKind {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     pub vm: VmShape,
-    /// `state` is left empty: it has the pid of the monitor, known only then.
+    /// `state` and `cards` are left empty: the pid of the monitor and what is found in its namespace are known only then.
     pub guest: GuestPlan,
     pub host: HostPlan,
     /// One line each, naming the field.
@@ -93,6 +93,8 @@ pub struct HostPlan {
     pub limits: HostLimits,
     pub hooks: HostHooks,
     pub network: Network,
+    /// The links of the network namespace are for the guest.
+    pub joins_links: bool,
     pub oom_score_adj: Option<i32>,
     /// Open files that the container may have, so that the file server can serve them.
     pub open_files: Option<u64>,
@@ -303,6 +305,7 @@ pub fn plan(bundle: &Bundle, options: &Options, facts: &HostFacts) -> Result<Pla
         limits: resources::host(resources, vm, &mut warnings)?,
         hooks,
         network,
+        joins_links: host::joins_links(spec),
         oom_score_adj: process.oom_score_adj,
         open_files,
         annotations: spec
@@ -337,6 +340,7 @@ pub fn plan(bundle: &Bundle, options: &Options, facts: &HostFacts) -> Result<Pla
         readonly_paths: guest::paths("linux.readonlyPaths", linux.readonly_paths())?,
         sysctls: guest::sysctls(linux, namespaces)?,
         cgroup,
+        cards: Vec::new(),
         process,
         start_hooks,
         state: String::new(),

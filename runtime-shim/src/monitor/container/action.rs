@@ -2,6 +2,7 @@
 //! What the event loop is to do, and what a request to the agent was for.
 
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use agent_protocol::{AgentError, ErrorKind, Reply as AgentReply, Request as AgentRequest};
@@ -9,6 +10,7 @@ use vmm::HostStream;
 
 use crate::control::Reply;
 use crate::monitor::order::Report;
+use crate::network::Joined;
 
 /// A connection of a verb. Numbers are not reused.
 pub type Verb = u64;
@@ -29,6 +31,11 @@ pub enum Action {
     /// Forget a port and its stream.
     Reset {
         port: u32,
+    },
+    /// Give the machine network cards.
+    Plug {
+        verb: Verb,
+        cards: Vec<(Joined, OwnedFd)>,
     },
     Answer {
         verb: Verb,

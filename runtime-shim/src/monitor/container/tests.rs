@@ -48,6 +48,7 @@ fn guest() -> GuestPlan {
         readonly_paths: Vec::new(),
         sysctls: Vec::new(),
         cgroup: CgroupPlan::default(),
+        cards: Vec::new(),
         process: process(&["init"]),
         start_hooks: Vec::new(),
         state: String::new(),
@@ -88,7 +89,7 @@ fn created() -> Container {
 
 fn running() -> Container {
     let mut container = created();
-    container.request(0, Request::Start, Vec::new(), NOW());
+    container.request(0, Request::Start { cards: Vec::new() }, Vec::new(), NOW());
     let actions = container.from_agent(done(Asked::Start(Some(0))), NOW());
     assert_eq!(words(&actions), ["0: Done"]);
     container
@@ -156,6 +157,7 @@ fn words(actions: &[Action]) -> Vec<String> {
             format!("failed: {}", message.unwrap_or_default())
         }
         Action::Report(report) => format!("report {report:?}"),
+        Action::Plug { verb, cards } => format!("{verb}: plug {}", cards.len()),
         Action::Exit(status) => format!("exit {status}"),
     };
     actions.iter().map(word).collect()
@@ -190,7 +192,7 @@ fn a_life_from_boot_to_exit_status() {
     );
     let actions = container.from_agent(created_answer(), NOW());
     assert_eq!(words(&actions), ["report Created"]);
-    let actions = container.request(5, Request::Start, Vec::new(), NOW());
+    let actions = container.request(5, Request::Start { cards: Vec::new() }, Vec::new(), NOW());
     assert_eq!(words(&actions), ["ask Start"]);
     let actions = container.from_agent(done(Asked::Start(Some(5))), NOW());
     assert_eq!(words(&actions), ["5: Done"]);
@@ -203,6 +205,46 @@ fn a_life_from_boot_to_exit_status() {
         "the output is not yet with its reader"
     );
     assert_eq!(words(&container.stream_closed(1024, NOW())), ["exit 3"]);
+}
+
+#[test]
+fn cards_that_come_with_a_start_are_plugged_first() {
+    let joined = || {
+        let card = Card {
+            slot: 0,
+            name: "eth0".into(),
+            up: true,
+            ipv6: true,
+            addresses: Vec::new(),
+            routes: Vec::new(),
+            neighbours: Vec::new(),
+        };
+        (
+            card.clone(),
+            Joined {
+                card,
+                mac: [2; 6],
+                mtu: 1500,
+            },
+        )
+    };
+    let mut container = created();
+    let (card, moved) = joined();
+    let request = Request::Start { cards: vec![moved] };
+    let actions = container.request(5, request, vec![null()], NOW());
+    assert_eq!(words(&actions), ["5: plug 1"]);
+    let actions = container.plugged(5, Ok(vec![card]), NOW());
+    assert_eq!(words(&actions), ["ask Start"]);
+
+    let mut container = created();
+    let (_, moved) = joined();
+    let request = Request::Start { cards: vec![moved] };
+    container.request(5, request, vec![null()], NOW());
+    let actions = container.plugged(5, Err("no slot".into()), NOW());
+    assert_eq!(
+        words(&actions),
+        ["5: unable to start container process: no slot", "exit 1"]
+    );
 }
 
 #[test]
@@ -322,19 +364,19 @@ fn a_lying_agent_is_not_believed() {
 fn the_states_are_kept() {
     let mut container = created();
     let running = "0: cannot start an already running container";
-    container.request(0, Request::Start, Vec::new(), NOW());
+    container.request(0, Request::Start { cards: Vec::new() }, Vec::new(), NOW());
     assert_eq!(
-        words(&container.request(0, Request::Start, Vec::new(), NOW())),
+        words(&container.request(0, Request::Start { cards: Vec::new() }, Vec::new(), NOW())),
         [running]
     );
     container.from_agent(done(Asked::Start(Some(0))), NOW());
     assert_eq!(
-        words(&container.request(0, Request::Start, Vec::new(), NOW())),
+        words(&container.request(0, Request::Start { cards: Vec::new() }, Vec::new(), NOW())),
         [running]
     );
     container.from_agent(exited("c", 0, 0), NOW());
     assert_eq!(
-        words(&container.request(0, Request::Start, Vec::new(), NOW())),
+        words(&container.request(0, Request::Start { cards: Vec::new() }, Vec::new(), NOW())),
         ["0: cannot start a container that has stopped"]
     );
     assert_eq!(

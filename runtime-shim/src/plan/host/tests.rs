@@ -47,6 +47,24 @@ fn networks() {
 }
 
 #[test]
+fn links_go_to_those_that_work() {
+    for (annotations, expected) in [
+        (json!({}), true),
+        (
+            json!({"io.kubernetes.cri.container-type": "container"}),
+            true,
+        ),
+        (
+            json!({"io.kubernetes.cri.container-type": "sandbox"}),
+            false,
+        ),
+        (json!({"io.sandbox.network": "none"}), false),
+    ] {
+        assert_eq!(joins_links(&spec(json!([]), annotations)), expected);
+    }
+}
+
+#[test]
 fn cgroup_paths() {
     use CgroupManager::{Cgroupfs, Disabled, Systemd};
     let path = |path: &str| CgroupLocation::Path(path.into());
