@@ -170,10 +170,37 @@ def stage_table(results):
     return None
 
 
+def network_table(results):
+    base = next((r for r in results["runtimes"] if r["name"] == "runc" and r["network"]), None)
+
+    def figure(runtime, key):
+        return median([sample[key] for sample in runtime["network"]])
+
+    def ratio(runtime, key):
+        return "%.2f" % (figure(runtime, key) / figure(base, key)) if base else "-"
+
+    def cells(runtime):
+        row = []
+        for direction in ("into", "out"):
+            row += ["%.2f" % (figure(runtime, direction) / 1e9), ratio(runtime, direction),
+                    "%.1f" % figure(runtime, direction + "_cpu"), ratio(runtime, direction + "_cpu")]
+        return row + ["%.0f" % figure(runtime, "connections"), ratio(runtime, "connections"),
+                      str(len(runtime["network"]))]
+
+    heading = ["network", "in Gbit/s", "/ runc", "CPU s/GiB", "/ runc", "out Gbit/s", "/ runc", "CPU s/GiB", "/ runc",
+               "connections/s", "/ runc", "runs"]
+    measured = dict(results, runtimes=[r for r in results["runtimes"] if r["network"] or r["network_reason"]])
+    return plain_rows(heading, measured, "network", cells)
+
+
 def render(results):
-    parts = [header(results), start_table(results)]
+    parts = [header(results)]
+    if results["rounds"]:
+        parts.append(start_table(results))
     if any(runtime["idle"] or runtime["idle_reason"] for runtime in results["runtimes"]):
         parts.append(idle_table(results))
+    if any(runtime["network"] for runtime in results["runtimes"]):
+        parts.append(network_table(results))
     stages = stage_table(results)
     if stages:
         parts.append(stages)

@@ -22,6 +22,7 @@ sys.path[:0] = [HERE, os.path.join(ROOT, "examples")]
 
 import bundle  # noqa: E402
 import measure  # noqa: E402
+import network  # noqa: E402
 import report  # noqa: E402
 import runtimes  # noqa: E402
 
@@ -33,6 +34,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="starts of each runtime (30)")
     parser.add_argument("--idle-rounds", type=int, default=3, metavar="N", help="idle containers of each (3)")
+    parser.add_argument("--network-rounds", type=int, default=3, metavar="N", help="network measurements of each (3)")
+    parser.add_argument("--network-seconds", type=int, default=4, metavar="N", help="each of their three parts (4)")
     parser.add_argument("--only", metavar="NAME,...", help="of sandbox, runc, crun, runsc, qemu")
     parser.add_argument("--results", metavar="FILE", default=os.path.join(target, "bench/results.json"),
                         help="raw samples (target/bench/results.json)")
@@ -42,8 +45,8 @@ def parse_arguments():
                         help="kernel and initramfs for QEMU")
     parser.add_argument("--qemu-memory", type=int, default=256, metavar="MIB", help="of QEMU's guest (256)")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or arguments.idle_rounds < 0:
-        parser.error("--rounds must be at least 1, --idle-rounds at least 0")
+    if min(arguments.rounds, arguments.idle_rounds, arguments.network_rounds) < 0 or arguments.network_seconds < 1:
+        parser.error("rounds must be at least 0, --network-seconds at least 1")
     if not os.path.exists(os.path.join(arguments.rootfs, "bin/true")):
         parser.error("%s: no root file system with /bin/true; examples/rootfs.sh makes it" % arguments.rootfs)
     if os.geteuid() != 0:
@@ -145,13 +148,17 @@ def measure_all(arguments, directory):
     pairs = []
     for runtime in chosen(arguments, directory):
         record = {"name": runtime.name, "label": runtime.label, "version": runtime.version, "reason": None,
-                  "start": [], "start_reason": None, "failures": [], "idle": [], "idle_reason": None}
+                  "start": [], "start_reason": None, "failures": [], "idle": [], "idle_reason": None,
+                  "network": [], "network_reason": None}
         results["runtimes"].append(record)
         warm_up(runtime, record, true_bundle)
         if not record["reason"]:
             pairs.append((runtime, record))
     starts(pairs, true_bundle, arguments.rounds)
     idles(pairs, idle_bundle, arguments.idle_rounds)
+    # The others have no network here, or none by this set-up.
+    networked = [(runtime, record) for runtime, record in pairs if runtime.name in ("sandbox", "runc", "crun")]
+    network.measure_network(networked, directory, config, arguments.network_rounds, arguments.network_seconds)
     results["machine"]["load_after"] = os.getloadavg()
     return results
 

@@ -248,7 +248,7 @@ group() {
         ;;
     host)
         install_qemu
-        install busybox-static gcc libc6-dev python3 kmod xz-utils zstd iproute2 iptables nftables e2fsprogs
+        install busybox-static gcc libc6-dev python3 kmod xz-utils zstd iproute2 iperf3 iptables nftables e2fsprogs
         unpack_kernel
         ;;
     runtimes) install runc crun runsc ;;
