@@ -3,104 +3,13 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use harness::guest::Installation;
 use harness::inventory::leaves_nothing;
 use harness::runtime::finish;
 use harness::{Bundle, Outcome, Runtime};
-
-/// A copy of what `make install` installs, to change its files, and how many seconds its guests have to boot. Removed on
-/// drop.
-struct Installation(PathBuf, &'static str);
-
-impl Installation {
-    fn new() -> Installation {
-        let path = std::env::temp_dir().join(harness::runtime::new_id());
-        let guest = path.join("lib/sandbox");
-        fs::create_dir_all(path.join("bin")).unwrap();
-        fs::create_dir_all(&guest).unwrap();
-        let built = harness::top().join("target");
-        fs::copy(built.join("release/sandbox"), path.join("bin/sandbox")).unwrap();
-        for name in ["vmlinux", "initramfs.cpio"] {
-            fs::copy(built.join("lib/sandbox").join(name), guest.join(name)).unwrap();
-        }
-        Installation(path, "60")
-    }
-
-    /// One whose guest runs `code` as its first process.
-    fn with_init(code: &[u8]) -> Installation {
-        let installation = Installation::new();
-        installation.replace_initramfs(&initramfs(&elf(code)));
-        installation
-    }
-
-    fn replace_initramfs(&self, content: &[u8]) {
-        fs::write(self.0.join("lib/sandbox/initramfs.cpio"), content).unwrap();
-    }
-
-    fn command(&self, root: &Path, bundle: &Bundle) -> Command {
-        let mut command = Command::new(self.0.join("bin/sandbox"));
-        command
-            .arg("--root")
-            .arg(root)
-            .args(["run", "-b"])
-            .arg(bundle.path())
-            .arg(harness::runtime::new_id())
-            .env("SANDBOX_BOOT_TIMEOUT_S", self.1)
-            .stdin(Stdio::null());
-        command
-    }
-}
-
-impl Drop for Installation {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A static x86-64 program of one segment that begins with its code.
-fn elf(code: &[u8]) -> Vec<u8> {
-    const ADDRESS: u64 = 0x40_0000;
-    const HEADERS: u64 = 64 + 56;
-    let size = HEADERS + code.len() as u64;
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    // ET_EXEC, EM_X86_64; then EV_CURRENT.
-    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    // Entry point, program headers behind this one, no section headers.
-    for value in [ADDRESS + HEADERS, 64, 0] {
-        file.extend(value.to_le_bytes());
-    }
-    file.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
-    // PT_LOAD, PF_R | PF_X.
-    file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    for value in [0, ADDRESS, ADDRESS, size, size, 0x1000] {
-        file.extend(value.to_le_bytes());
-    }
-    file.extend(code);
-    file
-}
-
-/// A newc archive of `/init` and `/kmsg`, the kernel's log.
-fn initramfs(init: &[u8]) -> Vec<u8> {
-    fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
-        let (size, name_size) = (data.len(), name.len() + 1);
-        archive.extend(format!("070701{:08X}{mode:08X}{:08X}{:08X}", 0, 0, 0).bytes());
-        archive.extend(format!("{:08X}{:08X}{size:08X}{:08X}{:08X}", 1, 0, 0, 0).bytes());
-        let (major, minor) = device;
-        archive.extend(format!("{major:08X}{minor:08X}{name_size:08X}{:08X}", 0).bytes());
-        archive.extend(name.bytes());
-        archive.push(0);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(data);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    let mut archive = Vec::new();
-    entry(&mut archive, "init", 0o100_755, (0, 0), init);
-    entry(&mut archive, "kmsg", 0o020_600, (1, 11), &[]);
-    entry(&mut archive, "TRAILER!!!", 0, (0, 0), &[]);
-    archive
-}
 
 /// mov edi, 3; mov eax, SYS_exit; syscall
 const EXIT: &[u8] = b"\xbf\x03\0\0\0\xb8\x3c\0\0\0\x0f\x05";
@@ -162,7 +71,7 @@ fn a_guest_whose_first_process_ends() {
     if !is_sandbox() {
         return;
     }
-    let line = failure(&Installation::with_init(EXIT));
+    let line = failure(&Installation::with_code(EXIT));
     assert!(
         line.contains("guest kernel stopped while booting"),
         "{line}"
@@ -175,7 +84,7 @@ fn a_guest_that_reboots() {
     if !is_sandbox() {
         return;
     }
-    let line = failure(&Installation::with_init(REBOOT));
+    let line = failure(&Installation::with_code(REBOOT));
     assert!(
         line.contains("guest kernel stopped while booting"),
         "{line}"
@@ -187,8 +96,7 @@ fn a_guest_that_never_answers() {
     if !is_sandbox() {
         return;
     }
-    let mut installation = Installation::with_init(&wait_for_ever());
-    installation.1 = "5";
+    let installation = Installation::with_code(&wait_for_ever()).deadline(5);
     let line = failure(&installation);
     assert!(line.contains("did not come up within 5 s"), "{line}");
     assert!(line.contains("waiting for nothing"), "{line}");
@@ -279,11 +187,11 @@ fn a_user_who_may_not_open_kvm() {
         return;
     }
     let installation = Installation::new();
-    let root = installation.0.join("state");
+    let root = installation.path().join("state");
     fs::create_dir(&root).unwrap();
     std::os::unix::fs::chown(&root, Some(65534), Some(65534)).unwrap();
     fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).unwrap();
-    let guard = installation.0.join("kvm");
+    let guard = installation.path().join("kvm");
     fs::write(&guard, "").unwrap();
     fs::set_permissions(&guard, fs::Permissions::from_mode(0o600)).unwrap();
     leaves_nothing(|_| {
@@ -305,9 +213,7 @@ fn a_user_who_may_not_open_kvm() {
 #[test]
 #[ignore = "KVM that cannot run guests is not to be had where KVM works; to be run by hand where it does not"]
 fn a_kvm_that_cannot_run_guests() {
-    let mut installation = Installation::new();
-    installation.1 = "5";
-    let line = failure(&installation);
+    let line = failure(&Installation::new().deadline(5));
     assert!(line.contains("sandbox check"), "{line}");
 }
 

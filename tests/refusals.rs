@@ -5,28 +5,29 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use harness::inventory::leaves_nothing;
 use harness::{Bundle, Runtime};
 
-/// What the refused command says; checks that the state directory is empty afterwards.
-fn refused(runtime: &Runtime, bundle: &Path) -> String {
-    let outcome = runtime.call(&["run", "-b", bundle.to_str().unwrap(), "refused"]);
-    let line = outcome.refusal().to_owned();
-    assert_eq!(
-        fs::read_dir(runtime.root()).unwrap().count(),
-        0,
-        "left behind after: {line}"
-    );
+/// What the refused command says; checks that nothing is left afterwards.
+fn refused(bundle: &Path) -> String {
+    let mut line = String::new();
+    leaves_nothing(|runtime| {
+        let outcome = runtime.call(&["run", "-b", bundle.to_str().unwrap(), "refused"]);
+        line = outcome.refusal().to_owned();
+        let left = fs::read_dir(runtime.root()).unwrap().count();
+        assert_eq!(left, 0, "left behind after: {line}");
+    });
     line
 }
 
 fn check(bundle: &Bundle, expected: &str) {
-    let line = refused(&Runtime::new(), bundle.path());
+    let line = refused(bundle.path());
     assert!(line.contains(expected), "expected {expected:?} in {line:?}");
 }
 
 #[test]
 fn a_bundle_that_is_not_there() {
-    let line = refused(&Runtime::new(), Path::new("/nonexistent"));
+    let line = refused(Path::new("/nonexistent"));
     let lower = line.to_lowercase();
     assert!(
         line.contains("/nonexistent") && lower.contains("no such file or directory"),
@@ -99,11 +100,10 @@ fn an_executable_that_is_missing_or_cannot_run() {
         "permission denied",
     );
     let wrong = Bundle::busybox(&["/wrong"]).build();
-    fs::write(
-        wrong.rootfs().join("wrong"),
-        b"\x7fELF\x02\x01\x01\0 not for this machine",
-    )
-    .unwrap();
+    // A whole program, but of EM_AARCH64: e_machine is at 18.
+    let mut program = fs::read(harness::top().join("target/release/sandbox")).unwrap();
+    program[18..20].copy_from_slice(&183u16.to_le_bytes());
+    fs::write(wrong.rootfs().join("wrong"), program).unwrap();
     fs::set_permissions(
         wrong.rootfs().join("wrong"),
         fs::Permissions::from_mode(0o755),
@@ -149,6 +149,43 @@ fn a_kernel_that_is_missing_or_damaged() {
     fs::write(files.join("lib/sandbox/vmlinux"), kernel).unwrap();
     assert!(run().contains("kernel"), "{}", run());
     fs::remove_dir_all(&files).unwrap();
+}
+
+#[test]
+fn a_user_that_is_no_number() {
+    let bundle = Bundle::script("true").set("/process/user/uid", "nosuch");
+    let line = refused(bundle.build().path());
+    assert!(
+        line.contains("config.json") || line.contains("uid"),
+        "{line}"
+    );
+    assert!(line.contains("nosuch") || line.contains("string"), "{line}");
+}
+
+#[test]
+fn an_id_that_is_taken_and_a_user_that_is_unknown() {
+    leaves_nothing(|runtime| {
+        let container = runtime.create(Bundle::busybox(&["/bin/sleep", "1000"]).build());
+        let other = Bundle::script("true").build();
+        let path = other.path().to_str().unwrap();
+        for verb in ["create", "run"] {
+            let outcome = runtime.call(&[verb, "-b", path, container.id()]);
+            assert!(
+                outcome
+                    .refusal()
+                    .contains("container with given ID already exists"),
+                "{outcome:?}"
+            );
+        }
+        // Whose it is has not heard of it.
+        assert_eq!(container.status(), "created");
+        container.start();
+        let outcome = runtime.call(&["exec", "--user", "nosuch", container.id(), "/bin/true"]);
+        assert_ne!(outcome.status, 0);
+        assert!(outcome.stderr.contains("nosuch"), "{outcome:?}");
+        assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
+        container.call("delete", &["--force"]).ok();
+    });
 }
 
 #[test]

@@ -5,6 +5,7 @@
 pub mod bundle;
 pub mod engine;
 pub mod fields;
+pub mod guest;
 pub mod inventory;
 pub mod runtime;
 
