@@ -372,15 +372,6 @@ fn limit(open_files: Option<u64>) -> Result<(), Error> {
     step("open file limit", setrlimit(Resource::Nofile, all))
 }
 
-/// To be called when all threads that will be needed are there.
-pub fn forbid_threads() -> Result<(), Error> {
-    let none = Rlimit {
-        current: Some(0),
-        maximum: Some(0),
-    };
-    step("process limit", setrlimit(Resource::Nproc, none))
-}
-
 /// Closes what the caller of the verb has left open, except the standard streams and one more: to be
 /// called before the process opens anything.
 pub fn close_inherited_except(keep: i32) -> Result<(), Error> {

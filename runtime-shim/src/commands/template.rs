@@ -114,6 +114,7 @@ fn create(path: PathBuf, files: HostFiles, arguments: &TemplateCreate) -> Result
     .map_err(TemplateError::Machine)?;
     machine.save_when_ready(draft.files().map_err(save)?);
     machine.start().map_err(TemplateError::Machine)?;
+    machine.resume();
     wait_until_saved(&mut machine)?;
     draft.publish().map_err(save)?;
     Ok(())

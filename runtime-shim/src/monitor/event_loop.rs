@@ -19,7 +19,7 @@ use crate::agent_client::AgentClient;
 use crate::channel::{Channel, Error as ChannelError, remaining};
 use crate::control::{self, Reply, Request};
 use crate::templates::Draft;
-use crate::{console, sandbox, signal_fd, stages};
+use crate::{console, signal_fd, stages};
 
 /// A verb that lets more than this pile up has stopped reading.
 const BACKLOG: usize = 8 << 20;
@@ -177,7 +177,6 @@ impl EventLoop {
     /// Lets the guest run, once no thread of the monitor can do more than it needs.
     fn start(&mut self) -> Result<(), String> {
         self.machine.start().map_err(|error| chain(&error))?;
-        sandbox::forbid_threads().map_err(|error| chain(&error))?;
         if self.draft.is_none() {
             vmm::drop_capabilities().map_err(|error| chain(&error))?;
         }
