@@ -11,6 +11,7 @@ usage: tests/host/packages.sh GROUP...
   build     compilers and libraries for the guest kernel and the Rust packages
   host      QEMU, a Debian kernel (unpacked, not installed) and tools for tests/host/run
   runtimes  other OCI runtimes, to run the same tests against
+  engines   Podman, Docker and containerd, not started
   rootfs    what makes root file systems of Debian
   filesystem  file system benchmarks, for tests/filesystem/run.sh
 USAGE
@@ -94,6 +95,23 @@ install_now() {
             install_one_by_one "$log" "${suite[@]}" -- "$@"
     fi
     rm -f "$log"
+}
+
+# The tests start their engines in the emulated host; none is to run on this
+# machine because it was installed. policy-rc.d is how Debian asks.
+without_services() {
+    local policy=/usr/sbin/policy-rc.d status=0
+    if [ -e "$policy" ]; then
+        "$@"
+        return
+    fi
+    as_root tee "$policy" <<<$'#!/bin/sh\nexit 101' >/dev/null
+    as_root chmod 755 "$policy"
+    trap 'as_root rm -f "$policy"' EXIT
+    "$@" || status=$?
+    as_root rm -f "$policy"
+    trap - EXIT
+    return $status
 }
 
 # After a failure of the whole set, so that the message names the package.
@@ -252,6 +270,10 @@ group() {
         unpack_kernel
         ;;
     runtimes) install runc crun runsc ;;
+    engines)
+        without_services install podman conmon netavark aardvark-dns catatonit \
+            docker.io tini containerd containernetworking-plugins runc crun iptables iproute2
+        ;;
     rootfs) install mmdebstrap debootstrap ;;
     filesystem) install dbench fio busybox-static ;;
     *) usage ;;
@@ -261,7 +283,7 @@ group() {
 [ $# -gt 0 ] || usage
 for name in "$@"; do
     case $name in
-    build | host | runtimes | rootfs | filesystem) ;;
+    build | host | runtimes | engines | rootfs | filesystem) ;;
     *) usage ;;
     esac
 done
