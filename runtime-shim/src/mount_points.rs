@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, chmodat, mkdirat, openat, openat2};
 use rustix::io::Errno;
 
 use crate::plan::{MountPoint, ShareKind};
@@ -52,6 +52,11 @@ fn make_one(root: BorrowedFd<'_>, point: &MountPoint) -> rustix::io::Result<()> 
             openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
         } else {
             mkdirat(&parent, name, Mode::from_raw_mode(0o755))?;
+            if index + 1 == last && point.mode != 0o755 {
+                // Whatever the umask of the caller is.
+                let mode = Mode::from_raw_mode(point.mode);
+                chmodat(&parent, name, mode, AtFlags::empty())?;
+            }
         }
     }
     Ok(())
@@ -82,7 +87,7 @@ fn inside(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> rustix::io::Resul
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt, symlink};
 
     use super::*;
 
@@ -90,6 +95,7 @@ mod tests {
         MountPoint {
             path: path.into(),
             kind,
+            mode: 0o1777,
         }
     }
 
@@ -115,10 +121,13 @@ mod tests {
             root.join("real/a/b").is_dir(),
             root.join("real/file").is_file(),
         );
+        let mode = |path: &str| fs::metadata(root.join(path)).unwrap().mode() & 0o7777;
+        let modes = (mode("real/a"), mode("real/a/b"));
         let outside = fs::read_dir(base.join("outside")).unwrap().count();
         fs::remove_dir_all(&base).unwrap();
         made.unwrap();
         assert_eq!(inside, (true, true));
+        assert_eq!(modes, (0o755, 0o1777));
         assert_eq!(outside, 0);
         assert!(dangling.is_err() && absolute.is_err() && upward.is_err());
     }

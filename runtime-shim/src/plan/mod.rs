@@ -124,6 +124,8 @@ pub struct MountPoint {
     /// Absolute path in the container, to be resolved inside the root file system.
     pub path: String,
     pub kind: ShareKind,
+    /// Of a directory: a file system without a mode of its own takes over this one.
+    pub mode: u32,
 }
 
 /// Where the monitor goes in the host's cgroups.

@@ -94,9 +94,12 @@ pub fn mounts(
             .iter()
             .any(|earlier| is_below(&guest.destination, &earlier.destination));
         if !below && guest.destination != "/" {
+            // What the kernel gives a tmpfs that nothing is known of.
+            let mode = if guest.kind == "tmpfs" { 0o1777 } else { 0o755 };
             plan.mount_points.push(MountPoint {
                 path: guest.destination.clone(),
                 kind,
+                mode,
             });
         }
         plan.own_dev |= guest.destination == "/dev"

@@ -329,15 +329,15 @@ fn mount_points_are_those_not_below_other_mounts() {
     let points: Vec<_> = plan
         .mount_points
         .iter()
-        .map(|p| (p.path.as_str(), p.kind))
+        .map(|p| (p.path.as_str(), p.kind, p.mode))
         .collect();
     assert_eq!(
         points,
         [
-            ("/dev", ShareKind::Directory),
-            ("/devices", ShareKind::Directory),
-            ("/etc/hosts", ShareKind::File),
-            ("/data", ShareKind::Directory),
+            ("/dev", ShareKind::Directory, 0o1777),
+            ("/devices", ShareKind::Directory, 0o1777),
+            ("/etc/hosts", ShareKind::File, 0o755),
+            ("/data", ShareKind::Directory, 0o755),
         ]
     );
     let names: Vec<_> = plan
