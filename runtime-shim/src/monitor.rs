@@ -23,7 +23,7 @@ use crate::channel::Channel;
 use crate::network::Joined;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{control, network, sandbox, signal_fd, stages, stdio};
+use crate::{console, control, network, sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -136,6 +136,11 @@ fn set_up(
         order.guest.cards = plug(&mut machine, joined).map_err(at(Stage::Network))?;
     }
     tell(creator, Report::Stage(Stage::Jail))?;
+    // Engines set it as soon as they have the terminal, which may have been before there was somebody to
+    // get a signal for it.
+    if let Some(Ok(size)) = terminal.as_ref().map(|own| console::size(own.as_fd())) {
+        order.guest.process.terminal = Some(size);
+    }
     let root = sandbox::enter(&order.shares, order.open_files).map_err(at(Stage::Jail))?;
     machine
         .share_files(root, &["rootfs"])

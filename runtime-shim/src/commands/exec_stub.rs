@@ -59,6 +59,10 @@ fn attend(
 ) -> Result<u8, Error> {
     let pid = std::process::id();
     quietly(client.send(&Request::StandIn { pid }, &[]))?;
+    // Set by an engine before there was somebody to get a signal for it.
+    if let Some(terminal) = terminal {
+        resize(client, terminal)?;
+    }
     loop {
         // What came together with the first answer is read already, and wakes no poll.
         if let Some(status) = exit_status(client)? {
