@@ -199,8 +199,17 @@ pub enum Command {
     /// Check that this host can run containers in microVMs
     #[command(display_order = 19, visible_alias = "doctor")]
     Check(Check),
-    /// Print a completion script for a shell
+    /// Make this program a runtime of Podman, Docker or containerd
+    ///
+    /// Shows the lines that the engine's configuration needs, and adds them. What others wrote there
+    /// stays as it is.
     #[command(display_order = 20)]
+    Install(Install),
+    /// Remove what install wrote
+    #[command(display_order = 21)]
+    Uninstall(Uninstall),
+    /// Print a completion script for a shell
+    #[command(display_order = 22)]
     Completion(Completion),
     /// The process that holds a container's VM; started by create and run
     #[command(hide = true)]
@@ -230,6 +239,8 @@ impl Command {
             Command::Spec(_) => "spec",
             Command::Features => "features",
             Command::Check(_) => "check",
+            Command::Install(_) => "install",
+            Command::Uninstall(_) => "uninstall",
             Command::Completion(_) => "completion",
             Command::Monitor(_) => "monitor",
         }
@@ -682,6 +693,52 @@ pub struct Check {
         help = "Output format"
     )]
     pub format: TextFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    Podman,
+    Docker,
+    Containerd,
+}
+
+#[derive(Debug, Args)]
+pub struct Install {
+    #[arg(
+        long,
+        short,
+        value_enum,
+        value_name = "ENGINE",
+        help = "Engine to configure"
+    )]
+    pub engine: Engine,
+    /// Its configuration file [default: where the engine looks for it]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub config: Option<PathBuf>,
+    /// Path that the engine is told [default: of this program]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub program: Option<PathBuf>,
+    /// Show the lines, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Uninstall {
+    #[arg(
+        long,
+        short,
+        value_enum,
+        value_name = "ENGINE",
+        help = "Engine to configure [default: all of them]"
+    )]
+    pub engine: Option<Engine>,
+    /// Its configuration file [default: where the engine looks for it]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub config: Option<PathBuf>,
+    /// Show the lines, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]

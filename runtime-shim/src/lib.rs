@@ -9,6 +9,7 @@ pub mod cli;
 pub mod commands;
 pub mod console;
 pub mod control;
+pub mod engines;
 pub mod facts;
 pub mod guest_files;
 pub mod hooks;

@@ -10,6 +10,7 @@ mod exec;
 mod exec_process;
 mod exec_stub;
 mod features;
+mod install;
 mod kill;
 mod list;
 mod live;
@@ -87,6 +88,8 @@ pub enum Error {
         hint: &'static str,
         source: io::Error,
     },
+    #[error(transparent)]
+    Install(#[from] install::InstallError),
     #[error("standard output")]
     Output(#[source] io::Error),
     #[error("standard streams")]
@@ -157,6 +160,8 @@ pub fn run(cli: Cli) -> Result<u8, Error> {
         Command::Spec(arguments) => spec::run(arguments),
         Command::Features => features::run(),
         Command::Check(arguments) => check::run(arguments, &store),
+        Command::Install(arguments) => install::install(arguments),
+        Command::Uninstall(arguments) => install::uninstall(arguments),
         Command::Completion(arguments) => completion::run(arguments),
         Command::Monitor(arguments) => monitor::run(arguments),
         other => Err(Error::Unsupported(other.name())),
