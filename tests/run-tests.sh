@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 say() { echo "tests: $*" >&2; }
 
 tests/build.sh
-tests/host/packages.sh host runtimes rootfs
+tests/host/packages.sh host runtimes engines rootfs
 examples/rootfs.sh target/rootfs
 tests/hostile/build.sh target/hostile/kernel
 
