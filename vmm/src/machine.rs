@@ -234,8 +234,12 @@ impl Machine {
         self.pending_save = Some(files);
     }
 
-    /// Lets the vCPUs run. From here on the devices of a restored VM work too: in the jail, since they have threads.
+    /// Lets the vCPUs run. From here on the devices of a restored VM work too. Starts all threads there will be: to be
+    /// called in the jail. They are confined from their first moment; the caller's own thread is its business.
     pub fn start(&mut self) -> Result<(), Error> {
+        lock(&self.files)
+            .start()
+            .map_err(|error| Error::Create("a file server thread", error))?;
         for (transport, state) in self
             .transports
             .iter()

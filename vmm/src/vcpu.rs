@@ -14,6 +14,7 @@ use crate::arch::layout;
 use crate::bus::Bus;
 use crate::devices::uart::Uart;
 use crate::logging::warn_limited;
+use crate::seccomp::{self, ThreadKind};
 use crate::vcpu_state::VcpuState;
 use crate::vm::VmError;
 
@@ -249,7 +250,14 @@ impl Drop for VcpuThreads {
 }
 
 /// The body of a vCPU thread.
-fn run(mut vcpu: VcpuFd, index: usize, shared: &VcpuShared) {
+fn run(vcpu: VcpuFd, index: usize, shared: &VcpuShared) {
+    match seccomp::confine(ThreadKind::Vcpu) {
+        Ok(()) => run_confined(vcpu, index, shared),
+        Err(error) => shared.stop(StopReason::Failed(error.to_string())),
+    }
+}
+
+fn run_confined(mut vcpu: VcpuFd, index: usize, shared: &VcpuShared) {
     IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
     let reason = if shared.may_run(&vcpu, index) {
         run_until_stopped(&mut vcpu, index, shared)

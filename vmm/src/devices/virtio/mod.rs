@@ -38,8 +38,8 @@ pub(crate) enum GuestFault {
 /// The host could not start the device.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ActivateError {
-    #[error("cannot start a device thread")]
-    Thread(#[source] std::io::Error),
+    #[error("the device has no threads yet")]
+    NotStarted,
 }
 
 /// A virtqueue that the driver has set up, and the event fd that is signalled when the driver kicks it.
@@ -93,7 +93,8 @@ pub(crate) trait VirtioDevice: Send + std::fmt::Debug {
     /// A write to the configuration space; most devices have nothing to write.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The driver is ready. Called once between resets.
+    /// The driver is ready. Called once between resets, by the thread of a vCPU, which cannot open files or start
+    /// threads (`crate::seccomp`).
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
     /// The driver kicked queue `index` (below the number of queues). Only for [`Kicks::EventLoop`].
@@ -116,6 +117,6 @@ pub(crate) trait VirtioDevice: Send + std::fmt::Debug {
         None
     }
 
-    /// Back to the state before `activate`: queues dropped, device threads joined.
+    /// Back to the state before `activate`: queues dropped, no device thread uses them. By the thread of a vCPU too.
     fn reset(&mut self);
 }

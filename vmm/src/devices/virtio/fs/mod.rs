@@ -85,6 +85,13 @@ impl Fs {
         let budget = Budget::new(descriptors, self.memory_size);
         self.server.plug(root, private, budget)
     }
+
+    /// Starts the threads, which then wait for the driver. To be called in the jail, since threads keep the namespaces
+    /// they were started in, and before the guest runs.
+    pub(crate) fn start(&mut self) -> io::Result<()> {
+        self.workers = Some(Workers::start(THREADS, &self.server)?);
+        Ok(())
+    }
 }
 
 impl VirtioDevice for Fs {
@@ -113,8 +120,8 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let workers = Workers::start(THREADS, &self.server, activation);
-        self.workers = Some(workers.map_err(ActivateError::Thread)?);
+        let workers = self.workers.as_ref().ok_or(ActivateError::NotStarted)?;
+        workers.serve(activation);
         Ok(())
     }
 
@@ -123,7 +130,8 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        self.workers = None;
-        self.server.disconnect();
+        if let Some(workers) = &self.workers {
+            workers.leave();
+        }
     }
 }

@@ -7,37 +7,65 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::server::{Server, Task};
 use crate::devices::virtio::chain::{self, Chain};
 use crate::devices::virtio::{Activation, GuestFault, Interrupt};
 use crate::logging::warn_limited;
 use crate::memory::GuestMemory;
+use crate::seccomp::{self, ThreadKind};
 
-/// The threads of an active device; dropping it stops and joins them.
+/// The threads of the device. They are started once, before the guest runs: the thread that hears of DRIVER_OK is that
+/// of a vCPU, which can start none. Dropping this stops and joins them.
 #[derive(Debug)]
 pub(super) struct Workers {
-    exit: Arc<Exit>,
+    pool: Arc<Pool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Workers {
-    pub(super) fn start(
-        count: usize,
-        server: &Arc<Server>,
-        activation: Activation,
-    ) -> io::Result<Workers> {
-        let exit = Arc::new(Exit {
-            event: EventFd::new(EFD_NONBLOCK)?,
-            wanted: AtomicBool::new(false),
-        });
+    pub(super) fn start(count: usize, server: &Arc<Server>) -> io::Result<Workers> {
+        let mut workers = Workers {
+            pool: Arc::new(Pool {
+                server: server.clone(),
+                exit: Arc::new(Exit {
+                    event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+                    wanted: AtomicBool::new(false),
+                }),
+                shift: Mutex::new(Shift::default()),
+                changed: Condvar::new(),
+            }),
+            threads: Vec::with_capacity(count),
+        };
+        let (started, starts) = channel();
+        for number in 0..count {
+            let pool = workers.pool.clone();
+            let started = started.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("fs{number}"))
+                .spawn(move || pool.run(started))?;
+            workers.threads.push(thread);
+        }
+        drop(started);
+        for start in starts {
+            start?;
+        }
+        Ok(workers)
+    }
+
+    /// The driver is ready: the threads serve its queues until [`Workers::leave`].
+    pub(super) fn serve(&self, activation: Activation) {
+        let pool = &self.pool;
+        pool.exit.wanted.store(false, Ordering::Release);
+        // Left by the reset before. Not readable after the first activation.
+        let _ = pool.exit.event.read();
         let active = activation.queues.into_iter().enumerate();
         let queues = active
             .filter(|(_, active)| active.queue.ready())
@@ -47,42 +75,117 @@ impl Workers {
                 kick: active.kick,
             })
             .collect();
-        let worker = Arc::new(Worker {
-            server: server.clone(),
+        let worker = Worker {
+            server: pool.server.clone(),
             queues,
             memory: activation.memory,
             interrupt: activation.interrupt,
-            exit: exit.clone(),
+            exit: pool.exit.clone(),
             leadership: Mutex::new(()),
-        });
-        let mut workers = Workers {
-            exit,
-            threads: Vec::with_capacity(count),
         };
-        let (started, starts) = channel();
-        for number in 0..count {
-            let worker = worker.clone();
-            let started = started.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("fs{number}"))
-                .spawn(move || worker.run(started))?;
-            workers.threads.push(thread);
+        let mut shift = lock(&pool.shift);
+        shift.number += 1;
+        shift.worker = Some(Arc::new(worker));
+        pool.changed.notify_all();
+    }
+
+    /// The driver is gone. Returns when no thread uses its queues any more and the server has forgotten it.
+    pub(super) fn leave(&self) {
+        let pool = &self.pool;
+        pool.exit.ask();
+        let mut shift = lock(&pool.shift);
+        shift.worker = None;
+        shift.forget = !self.threads.is_empty();
+        pool.changed.notify_all();
+        while shift.busy > 0 || shift.forget {
+            shift = wait(&pool.changed, shift);
         }
-        drop(started);
-        for start in starts {
-            start?;
-        }
-        Ok(workers)
     }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.exit.wanted.store(true, Ordering::Release);
-        // Adding one to a counter that nobody else adds to does not fail. It is never read: all threads see it.
-        let _ = self.exit.event.write(1);
+        self.pool.exit.ask();
+        let mut shift = lock(&self.pool.shift);
+        shift.worker = None;
+        shift.over = true;
+        drop(shift);
+        self.pool.changed.notify_all();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
+        }
+    }
+}
+
+/// What the threads share for as long as there are any.
+#[derive(Debug)]
+struct Pool {
+    server: Arc<Server>,
+    exit: Arc<Exit>,
+    shift: Mutex<Shift>,
+    changed: Condvar,
+}
+
+/// What there is to do.
+#[derive(Debug, Default)]
+struct Shift {
+    /// Counts the activations.
+    number: u64,
+    /// The queues to serve, if the device is active.
+    worker: Option<Arc<Worker>>,
+    /// Threads that serve.
+    busy: usize,
+    /// The server is to be told of a reset, once nobody is busy. By one of these threads, who may do what it takes.
+    forget: bool,
+    over: bool,
+}
+
+impl Pool {
+    fn run(&self, started: Sender<io::Result<()>>) {
+        block_signals();
+        let task = self.server.task().and_then(|task| {
+            seccomp::confine(ThreadKind::FileServer).map_err(io::Error::other)?;
+            Ok(task)
+        });
+        let mut task = match task {
+            Ok(task) => task,
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
+            }
+        };
+        let _ = started.send(Ok(()));
+        drop(started);
+        let mut served = 0;
+        while let Some(worker) = self.next(&mut served) {
+            worker.run(&mut task);
+            drop(worker);
+            lock(&self.shift).busy -= 1;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for an activation that this thread has not served. None: that was all.
+    fn next(&self, served: &mut u64) -> Option<Arc<Worker>> {
+        let mut shift = lock(&self.shift);
+        loop {
+            if shift.over {
+                return None;
+            }
+            if shift.forget && shift.busy == 0 {
+                self.server.disconnect();
+                shift.forget = false;
+                self.changed.notify_all();
+            }
+            match &shift.worker {
+                Some(worker) if *served != shift.number => {
+                    *served = shift.number;
+                    let worker = worker.clone();
+                    shift.busy += 1;
+                    return Some(worker);
+                }
+                _ => shift = wait(&self.changed, shift),
+            }
         }
     }
 }
@@ -94,6 +197,14 @@ struct Exit {
     wanted: AtomicBool,
 }
 
+impl Exit {
+    fn ask(&self) {
+        self.wanted.store(true, Ordering::Release);
+        // Adding one to a counter that nobody else adds to does not fail. The threads do not read it: all see it.
+        let _ = self.event.write(1);
+    }
+}
+
 #[derive(Debug)]
 struct SharedQueue {
     index: usize,
@@ -101,7 +212,7 @@ struct SharedQueue {
     kick: Arc<EventFd>,
 }
 
-/// What all threads have in common.
+/// What the threads of an active device have in common.
 #[derive(Debug)]
 struct Worker {
     server: Arc<Server>,
@@ -116,18 +227,8 @@ struct Worker {
 type Leadership<'a> = Option<MutexGuard<'a, ()>>;
 
 impl Worker {
-    fn run(&self, started: Sender<io::Result<()>>) {
-        block_signals();
-        let mut task = match self.server.task() {
-            Ok(task) => task,
-            Err(error) => {
-                let _ = started.send(Err(error));
-                return;
-            }
-        };
-        let _ = started.send(Ok(()));
-        drop(started);
-        if let Err(fault) = self.take_turns(&mut task) {
+    fn run(&self, task: &mut Task) {
+        if let Err(fault) = self.take_turns(task) {
             warn_limited!("virtio-fs: {fault}");
             self.interrupt.needs_reset();
         }
@@ -267,17 +368,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
+
 fn as_fd(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the event fd owns the descriptor, which stays open as long as the borrow of it.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// Signals are for the event loop; and a write beyond RLIMIT_FSIZE must be an error here, not SIGXFSZ.
+/// Signals are for the event loop; and a write beyond RLIMIT_FSIZE must be an error here, not SIGXFSZ. What tells of a
+/// forbidden system call has to come through.
 fn block_signals() {
     // SAFETY: `set` is initialized by sigfillset before it is read; the calls change only the mask of this thread.
     unsafe {
         let mut set = std::mem::zeroed::<libc::sigset_t>();
         libc::sigfillset(&raw mut set);
+        libc::sigdelset(&raw mut set, libc::SIGSYS);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
     }
 }

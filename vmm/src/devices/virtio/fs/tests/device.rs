@@ -35,6 +35,7 @@ impl Driver {
         let mut device = Fs::new("share", 1 << 26).unwrap();
         let root = fs::File::open(share.path()).unwrap();
         device.plug(root.into(), &["rootfs"]).unwrap();
+        device.start().unwrap();
         let memory = guest_memory(0x20_0000);
         let high = DriverQueue::new(&memory, 0, 128).with_event_idx();
         let request = DriverQueue::new(&memory, high.end(), 1024).with_event_idx();
