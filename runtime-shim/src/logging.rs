@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
@@ -31,18 +32,21 @@ struct Logger {
     level: LevelFilter,
     /// None: stderr.
     file: Option<Mutex<File>>,
+    /// Of the file.
+    descriptor: Option<RawFd>,
 }
 
 /// Sets up logging for the process. Later calls change nothing.
 pub fn init(global: &Global) -> Result<(), LoggingError> {
     let file = match &global.log {
-        Some(path) if !path.as_os_str().is_empty() => Some(Mutex::new(open(path)?)),
+        Some(path) if !path.as_os_str().is_empty() => Some(open(path)?),
         _ => None,
     };
     let logger = LOGGER.get_or_init(|| Logger {
         format: global.log_format,
         level: level(global),
-        file,
+        descriptor: file.as_ref().map(AsRawFd::as_raw_fd),
+        file: file.map(Mutex::new),
     });
     if log::set_logger(logger).is_ok() {
         log::set_max_level(logger.level);
@@ -60,6 +64,30 @@ pub fn fatal(message: &str) {
         Some(logger) => logger.write(Level::Error, message),
         None => to_stderr(&text(Level::Error, message)),
     }
+}
+
+/// Reports an error from within a signal handler: without a lock, an allocation, or the time. `message` needs no
+/// escaping.
+pub fn from_signal_handler(message: &str) {
+    let (file, format) = LOGGER.get().map_or((None, LogFormat::Text), |logger| {
+        (logger.descriptor, logger.format)
+    });
+    let [before, after] = match format {
+        LogFormat::Json => [r#"{"level":"error","msg":""#, "\"}\n"],
+        LogFormat::Text => ["sandbox: ", "\n"],
+    };
+    let mut line = [0; 512];
+    let mut length = 0;
+    for part in [before, message, after] {
+        if let Some(room) = line.get_mut(length..length + part.len()) {
+            room.copy_from_slice(part.as_bytes());
+            length += part.len();
+        }
+    }
+    let file = file.unwrap_or(libc::STDERR_FILENO);
+    // SAFETY: the buffer is valid for reads of `length`, and the descriptor that of the log, which is never closed. A
+    // log that cannot be written cannot be complained about either.
+    let _ = unsafe { libc::write(file, line.as_ptr().cast(), length) };
 }
 
 fn level(global: &Global) -> LevelFilter {

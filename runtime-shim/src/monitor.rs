@@ -23,7 +23,7 @@ use crate::channel::Channel;
 use crate::network::Joined;
 use crate::plan::Network;
 use crate::templates::{Draft, Template as VmTemplate};
-use crate::{console, control, network, sandbox, signal_fd, stages, stdio};
+use crate::{console, control, logging, network, sandbox, signal_fd, stages, stdio};
 use container::{Container, Streams, Template};
 use event_loop::{EventLoop, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
@@ -99,6 +99,7 @@ fn set_up(
     let files = Files::sort(files).map_err(&setup)?;
     control::take_over(files.listener.as_fd()).map_err(&setup)?;
     leave_caller(order.oom_score_adj).map_err(&setup)?;
+    vmm::report_violations(logging::from_signal_handler).map_err(&setup)?;
     let signals = signal_fd::take().map_err(&setup)?;
     let terminal = files.terminal;
     let streams = take_streams(terminal.as_ref()).map_err(&setup)?;

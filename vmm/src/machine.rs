@@ -234,8 +234,8 @@ impl Machine {
         self.pending_save = Some(files);
     }
 
-    /// Lets the vCPUs run. From here on the devices of a restored VM work too. Starts all threads there will be: to be
-    /// called in the jail. They are confined from their first moment; the caller's own thread is its business.
+    /// Starts all threads there will be, to be called in the jail, and the devices of a restored VM. The threads are
+    /// confined; the caller's own is its business. No vCPU runs until [`Machine::resume`].
     pub fn start(&mut self) -> Result<(), Error> {
         lock(&self.files)
             .start()

@@ -68,6 +68,7 @@ fn boot() -> Result<StopReason, Box<dyn Error>> {
     let stdout: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned()?;
     machine.echo_console(File::from(stdout));
     machine.start()?;
+    machine.resume();
     loop {
         poll(&mut [PollFd::new(&machine, PollFlags::IN)], None)?;
         for event in machine.dispatch()? {

@@ -84,7 +84,7 @@ impl VcpuShared {
             uart,
             msrs,
             control: Mutex::new(Control {
-                wanted: Wanted::Run,
+                wanted: Wanted::Pause,
                 parked: 0,
                 saved: Vec::new(),
                 stopped: None,
@@ -182,7 +182,7 @@ pub(crate) struct VcpuThreads {
 }
 
 impl VcpuThreads {
-    /// Starts a thread for each vCPU. They run at once.
+    /// Starts a thread for each vCPU. They are paused.
     pub(crate) fn start(
         vcpus: Vec<VcpuFd>,
         shared: Arc<VcpuShared>,

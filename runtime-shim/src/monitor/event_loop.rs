@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use vmm::{Machine, MachineEvent};
+use vmm::{Machine, MachineEvent, ThreadKind};
 
 use super::container::{Action, Asked, Container, Verb};
 use super::order::{Failure, Report, chain};
@@ -151,8 +151,8 @@ impl EventLoop {
     fn turn_until_exit(&mut self) -> Result<std::convert::Infallible, Exit> {
         let first = std::mem::take(&mut self.first);
         self.perform(first)?;
-        if let Err(error) = self.machine.start() {
-            let actions = self.container.start_failed(chain(&error));
+        if let Err(message) = self.start() {
+            let actions = self.container.start_failed(message);
             self.perform(actions)?;
         }
         loop {
@@ -163,6 +163,14 @@ impl EventLoop {
                 self.perform(actions)?;
             }
         }
+    }
+
+    /// Lets the guest run, once no thread of the monitor can do more than it needs.
+    fn start(&mut self) -> Result<(), String> {
+        self.machine.start().map_err(|error| chain(&error))?;
+        vmm::confine(ThreadKind::EventLoop).map_err(|error| chain(&error))?;
+        self.machine.resume();
+        Ok(())
     }
 
     fn keep_deadlines(&mut self) -> Result<Instant, Exit> {
