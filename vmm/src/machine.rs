@@ -160,7 +160,7 @@ impl Machine {
             }
         };
         let uart = Arc::new(Uart::default());
-        let shared = VcpuShared::new(bus, uart.clone(), vm.saved_msrs()?)
+        let shared = VcpuShared::new(bus, uart.clone(), vm.saved_msrs().to_vec())
             .map_err(|error| Error::Create("an event fd", error))?;
         let mut machine = Machine {
             vcpu_threads: None,

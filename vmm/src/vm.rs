@@ -44,9 +44,9 @@ pub(crate) fn failed(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> V
 /// A virtual machine with a split irqchip: local APICs in KVM, the IOAPIC here.
 #[derive(Debug)]
 pub(crate) struct Vm {
-    kvm: Kvm,
     fd: Arc<VmFd>,
     cpuid: CpuId,
+    msrs: Vec<u32>,
 }
 
 impl Vm {
@@ -57,6 +57,7 @@ impl Vm {
         if version != API_VERSION {
             return Err(VmError::ApiVersion(version));
         }
+        let msrs = kvm.get_msr_index_list().map_err(failed("list the MSRs"))?;
         let fd = kvm.create_vm().map_err(failed("create a VM"))?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -81,10 +82,11 @@ impl Vm {
             ..Default::default()
         };
         fd.enable_cap(&split).map_err(failed("split the irqchip"))?;
+        // The device itself is let go of: what could make further VMs is not for the jail.
         Ok(Vm {
-            kvm,
             fd: Arc::new(fd),
             cpuid,
+            msrs: msrs.as_slice().to_vec(),
         })
     }
 
@@ -94,9 +96,8 @@ impl Vm {
     }
 
     /// The model-specific registers that KVM can save.
-    pub(crate) fn saved_msrs(&self) -> Result<Vec<u32>, VmError> {
-        let list = self.kvm.get_msr_index_list();
-        Ok(list.map_err(failed("list the MSRs"))?.as_slice().to_vec())
+    pub(crate) fn saved_msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     pub(crate) fn clock(&self) -> Result<kvm_clock_data, VmError> {

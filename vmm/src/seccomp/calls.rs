@@ -58,6 +58,8 @@ pub(super) const COMMON: &[Call] = &[
     any(libc::SYS_read),
     any(libc::SYS_write),
     any(libc::SYS_close),
+    // What a debug build asks before it closes a descriptor.
+    only(libc::SYS_fcntl, &[Is(1, bits(libc::F_GETFD))]),
     any(libc::SYS_futex),
     only(libc::SYS_mmap, &[Without(2, EXECUTABLE)]),
     only(libc::SYS_mprotect, &[Without(2, EXECUTABLE)]),
@@ -174,7 +176,8 @@ pub(super) const EVENT_LOOP: &[Call] = &[
     only(libc::SYS_ioctl, &[Is(1, libc::TIOCGWINSZ)]),
     // Gets a vCPU out of the guest.
     only(libc::SYS_tgkill, &[OwnProcess(0), Is(2, KICK)]),
-    // A template is saved and published.
+    // A template is saved and published, and the capabilities for that are given up.
+    any(libc::SYS_capset),
     only(libc::SYS_ioctl, &[Is(1, request::GET_CLOCK)]),
     any(libc::SYS_mincore),
     any(libc::SYS_pwrite64),

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
+use rustix::mount::OpenTreeFlags;
 use rustix::path::DecInt;
 
 /// What is asked of every file.
@@ -25,14 +26,27 @@ pub(super) struct SelfFd(OwnedFd);
 
 impl SelfFd {
     /// To be called in the process that will use it, while `/proc` is still there.
+    ///
+    /// The directory becomes a mount of its own that is not attached anywhere: `..` leads nowhere from there, neither
+    /// to the program of this process nor to other processes.
     pub(super) fn open() -> io::Result<SelfFd> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(SelfFd(rustix::fs::openat(
-            CWD,
-            c"/proc/self/fd",
-            flags,
-            Mode::empty(),
-        )?))
+        const DIRECTORY: &CStr = c"/proc/self/fd";
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        match rustix::mount::open_tree(CWD, DIRECTORY, flags) {
+            Ok(mount) => Ok(SelfFd(mount)),
+            // Nobody who can build a jail.
+            Err(Errno::PERM) => {
+                log::warn!("virtio-fs: /proc stays within reach: not allowed to mount");
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                Ok(SelfFd(rustix::fs::openat(
+                    CWD,
+                    DIRECTORY,
+                    flags,
+                    Mode::empty(),
+                )?))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Whether this is still the process that `open` was called in: its descriptors would mean other files otherwise.
@@ -83,4 +97,22 @@ pub(super) fn stat(file: impl AsFd) -> Result<Statx, Errno> {
 
 pub(super) fn file_type(stat: &Statx) -> FileType {
     FileType::from_raw_mode(stat.stx_mode.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_no_way_up_from_the_descriptors() {
+        let own = SelfFd::open().unwrap();
+        own.check(own.as_fd()).unwrap();
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        for path in [c"../status", c"../exe", c"../../1", c"../../self"] {
+            assert_eq!(stat_at(&own, path).unwrap_err(), Errno::NOENT, "{path:?}");
+        }
+    }
 }
