@@ -17,6 +17,8 @@ if [ $# -eq 0 ]; then
     say "formatting and lints"
     cargo fmt --all --check
     cargo clippy --quiet --workspace --all-targets -- -D warnings
+    say "dependencies"
+    python3 tests/dependencies.py
     say "unit and device tests"
     cargo test --quiet --workspace --exclude tests --exclude agent
     cargo test --quiet -p agent --bins
