@@ -33,6 +33,13 @@ impl Identity {
     }
 }
 
+/// The pid of this process as the mounted `/proc` has it: getpid(2) is 1 in a pid namespace of its own.
+pub fn pid_on_host() -> std::io::Result<u32> {
+    let link = std::fs::read_link("/proc/self")?;
+    let pid = link.to_str().and_then(|pid| pid.parse().ok());
+    pid.ok_or_else(|| std::io::ErrorKind::InvalidData.into())
+}
+
 fn start_time(pid: i32) -> Option<u64> {
     if pid <= 0 {
         return None;
@@ -71,6 +78,11 @@ mod tests {
         assert_eq!(parse_start_time(&format!("7 (sh) Z {tail}")), None);
         assert_eq!(parse_start_time("7 (sh) S 1 2"), None);
         assert_eq!(parse_start_time(""), None);
+    }
+
+    #[test]
+    fn the_own_pid() {
+        assert_eq!(pid_on_host().unwrap(), std::process::id());
     }
 
     #[test]

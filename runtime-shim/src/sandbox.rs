@@ -40,6 +40,11 @@ pub enum Error {
     SourceKind(&'static str, PathBuf),
 }
 
+/// What the file server keeps, as a set of capabilities(7).
+pub fn capabilities() -> u64 {
+    privileges::FILE_SERVER.bits()
+}
+
 /// Names the step at which a system call failed.
 fn step<T>(name: &'static str, result: rustix::io::Result<T>) -> Result<T, Error> {
     result.map_err(|error| Error::Step(name, error.into()))
@@ -52,7 +57,9 @@ pub fn become_root_of_own_namespace() -> Result<(), Error> {
     if uid.is_root() {
         return Ok(());
     }
-    step("user namespace", unshare(UnshareFlags::NEWUSER))?;
+    // The mount namespace too: before the jail the file server takes its piece of /proc.
+    let flags = UnshareFlags::NEWUSER | UnshareFlags::NEWNS;
+    step("user namespace", unshare(flags))?;
     write_map("/proc/self/setgroups", "deny")?;
     write_map("/proc/self/uid_map", &format!("0 {} 1", uid.as_raw()))?;
     write_map("/proc/self/gid_map", &format!("0 {} 1", gid.as_raw()))
@@ -69,7 +76,8 @@ pub fn enter(shares: &[Share], open_files: Option<u64>) -> Result<OwnedFd, Error
         true => Some(privileges::Mapper::start()?),
         false => None,
     };
-    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC;
+    let flags =
+        UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC | UnshareFlags::NEWCGROUP;
     step("namespaces", unshare(flags))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     step("private mounts", mount_change("/", private))?;
@@ -256,6 +264,15 @@ fn limit(open_files: Option<u64>) -> Result<(), Error> {
     step("open file limit", setrlimit(Resource::Nofile, all))
 }
 
+/// To be called when all threads that will be needed are there.
+pub fn forbid_threads() -> Result<(), Error> {
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    step("process limit", setrlimit(Resource::Nproc, none))
+}
+
 /// Closes what the caller of the verb has left open, except the standard streams and one more: to be
 /// called before the process opens anything.
 pub fn close_inherited_except(keep: i32) -> Result<(), Error> {
@@ -300,6 +317,11 @@ pub fn join_network(path: &Path) -> Result<(), Error> {
     let kind = Some(rustix::thread::LinkNameSpaceType::Network);
     rustix::thread::move_into_link_name_space(namespace.as_fd(), kind)
         .map_err(|error| fail(error.into()))
+}
+
+/// For processes that are started from now on.
+pub fn new_pid_namespace_for_children() -> Result<(), Error> {
+    step("pid namespace", unshare(UnshareFlags::NEWPID))
 }
 
 pub fn new_network() -> Result<(), Error> {

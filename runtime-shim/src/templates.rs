@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 use vmm::SnapshotFiles;
 
+use crate::identity;
 use crate::plan::VmShape;
 
 /// Names another directory, or `off`.
@@ -111,7 +112,7 @@ impl Template {
     pub fn draft(self) -> io::Result<Draft> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
-        let process = std::process::id();
+        let process = identity::pid_on_host()?;
         let [state, memory] = ["state", "memory"].map(|kind| {
             let name = format!("{DRAFT}{}-{process}.{kind}", self.name);
             openat(&self.directory, &name, flags, mode).map(|file| (name, File::from(file)))

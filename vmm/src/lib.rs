@@ -26,7 +26,7 @@ pub use devices::virtio::vsock::HostStream;
 pub use machine::{Error, Machine, MachineEvent, SHARE_TAG};
 pub use plan::NETWORK_CARDS;
 pub use probe::{ProbeError, probe};
-pub use seccomp::{ConfineError, ThreadKind, confine, report_violations};
+pub use seccomp::{ConfineError, ThreadKind, confine, drop_capabilities, report_violations};
 pub use snapshot::{SnapshotError, SnapshotFiles};
 pub use vcpu::StopReason;
 pub use vm::VmError;

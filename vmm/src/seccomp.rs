@@ -57,15 +57,20 @@ impl std::fmt::Display for ThreadKind {
     }
 }
 
-/// Leaves the calling thread what its kind needs, for good. A vCPU needs no capability.
+/// Gives up all capabilities of the calling thread.
+pub fn drop_capabilities() -> std::io::Result<()> {
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    Ok(set_capabilities(None, none)?)
+}
+
+/// Leaves the calling thread the system calls that its kind needs, for good. A vCPU needs no capability either.
 pub fn confine(kind: ThreadKind) -> Result<(), ConfineError> {
     if kind == ThreadKind::Vcpu {
-        let none = CapabilitySets {
-            effective: CapabilitySet::empty(),
-            permitted: CapabilitySet::empty(),
-            inheritable: CapabilitySet::empty(),
-        };
-        set_capabilities(None, none).map_err(|error| ConfineError::Capabilities(error.into()))?;
+        drop_capabilities().map_err(ConfineError::Capabilities)?;
     }
     violation::name_this_thread(kind);
     let program = compile(kind).map_err(|error| ConfineError::Compile(kind, error))?;

@@ -16,7 +16,7 @@ use crate::agent_client::AgentClient;
 use crate::channel::{Channel, Error as ChannelError, remaining};
 use crate::control::{self, Reply, Request};
 use crate::templates::Draft;
-use crate::{console, signal_fd, stages};
+use crate::{console, sandbox, signal_fd, stages};
 
 /// A verb that lets more than this pile up has stopped reading.
 const BACKLOG: usize = 8 << 20;
@@ -168,6 +168,10 @@ impl EventLoop {
     /// Lets the guest run, once no thread of the monitor can do more than it needs.
     fn start(&mut self) -> Result<(), String> {
         self.machine.start().map_err(|error| chain(&error))?;
+        sandbox::forbid_threads().map_err(|error| chain(&error))?;
+        if self.draft.is_none() {
+            vmm::drop_capabilities().map_err(|error| chain(&error))?;
+        }
         vmm::confine(ThreadKind::EventLoop).map_err(|error| chain(&error))?;
         self.machine.resume();
         Ok(())
@@ -238,6 +242,10 @@ impl EventLoop {
         let published = saved.and_then(|()| draft.publish().map_err(|error| error.to_string()));
         if let Err(error) = published {
             log::warn!("template: cannot be made: {error}");
+        }
+        // Nothing else is done by this thread that takes any.
+        if let Err(error) = vmm::drop_capabilities() {
+            log::error!("monitor: capabilities cannot be given up: {error}");
         }
     }
 

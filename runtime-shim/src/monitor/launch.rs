@@ -2,6 +2,7 @@
 //! The creating verb's side of a monitor: starting it, and hearing what becomes of it.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -12,13 +13,14 @@ use clap::ValueEnum;
 use rustix::event::PollFlags;
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::thread::LinkNameSpaceType;
 
 use super::CONSOLE_VARIABLE;
 use super::order::{Deadlines, Failure, Go, Order, Report, Stage};
 use crate::channel::{self, Channel, wait};
 use crate::cli::Global;
 use crate::signal_fd;
-use crate::{stages, templates};
+use crate::{sandbox, stages, store, templates};
 
 /// The monitor keeps its own deadlines; this is for one that hangs.
 const GRACE: Duration = Duration::from_secs(30);
@@ -56,8 +58,7 @@ impl Monitor {
     /// Starts the process. With `streams` it inherits the standard streams, for the container.
     pub fn spawn(id: &str, streams: bool, global: &Global) -> Result<Monitor, Error> {
         let (own, other) = Channel::pair().map_err(Error::Spawn)?;
-        let child =
-            command(id, other.as_fd(), streams, global).and_then(|mut command| command.spawn());
+        let child = command(id, other.as_fd(), streams, global).and_then(spawn_as_init);
         let child = child.map_err(Error::Spawn)?;
         drop(other);
         // The child has not been waited for, so its pid is its own.
@@ -187,6 +188,29 @@ impl Drop for Monitor {
             let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
             let _ = self.child.wait();
         }
+    }
+}
+
+/// Root's monitors are each the first process of a pid namespace, in which they see nobody. They have the pid that this
+/// process knows them by all the same. A user's own monitor has no such namespace: its user namespace comes first, and
+/// that is its own doing.
+fn spawn_as_init(mut command: Command) -> io::Result<Child> {
+    if !store::is_host_root() {
+        return command.spawn();
+    }
+    let own = File::open("/proc/self/ns/pid")?;
+    sandbox::new_pid_namespace_for_children().map_err(io::Error::other)?;
+    let child = command.spawn();
+    // Hooks and whatever else is started are the host's.
+    let kind = Some(LinkNameSpaceType::ProcessID);
+    let back = rustix::thread::move_into_link_name_space(own.as_fd(), kind);
+    match (child, back) {
+        (Ok(mut child), Err(error)) => {
+            child.kill()?;
+            child.wait()?;
+            Err(error.into())
+        }
+        (child, _) => child,
     }
 }
 

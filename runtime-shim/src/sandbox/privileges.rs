@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 
-use rustix::process::{Gid, Pid, Uid, WaitOptions, getpid, waitpid};
+use rustix::process::{Gid, Pid, Uid, WaitOptions, waitpid};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, UnshareFlags, remove_capability_from_bounding_set,
     set_capabilities, set_keep_capabilities, set_thread_groups, set_thread_res_gid,
@@ -14,13 +14,14 @@ use rustix::thread::{
 };
 
 use super::{Error, step, unshare};
+use crate::identity;
 
 /// Each monitor runs as this plus its pid: no two alike at a time, and nobody's login. Below 2^31, for tools that
 /// take a user id for signed; pids are below 2^22.
 const FIRST_USER: u32 = 2_000_000_000;
 
 /// What acting on files for a guest's users takes.
-const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
+pub const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
@@ -33,6 +34,8 @@ const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
 #[derive(Debug)]
 pub struct Mapper {
     pid: Pid,
+    /// This process, as the host knows it.
+    parent: u32,
     go: OwnedFd,
     done: OwnedFd,
 }
@@ -42,7 +45,8 @@ impl Mapper {
     pub fn start() -> Result<Mapper, Error> {
         let (go_reader, go) = step("pipe", pipe())?;
         let (done, done_writer) = step("pipe", pipe())?;
-        let parent = getpid();
+        let parent =
+            identity::pid_on_host().map_err(|error| Error::Step("find the own pid", error))?;
         // SAFETY: the process has one thread, so the child may go on as usual; it ends in this block.
         match unsafe { libc::fork() } {
             -1 => Err(Error::Step("fork", io::Error::last_os_error())),
@@ -55,7 +59,12 @@ impl Mapper {
             pid => {
                 let pid =
                     Pid::from_raw(pid).ok_or(Error::Step("fork", io::ErrorKind::Other.into()))?;
-                Ok(Mapper { pid, go, done })
+                Ok(Mapper {
+                    pid,
+                    parent,
+                    go,
+                    done,
+                })
             }
         }
     }
@@ -80,10 +89,9 @@ fn pipe() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
 }
 
 /// The child: waits for the end of `go`, maps, and says so.
-fn map_when_told(parent: Pid, go: OwnedFd, done: OwnedFd) -> io::Result<()> {
+fn map_when_told(process: u32, go: OwnedFd, done: OwnedFd) -> io::Result<()> {
     let mut nothing = Vec::new();
     File::from(go).read_to_end(&mut nothing)?;
-    let process = parent.as_raw_nonzero();
     for map in ["uid_map", "gid_map"] {
         // All ids but the one that means none.
         std::fs::write(format!("/proc/{process}/{map}"), "0 0 4294967295")?;
@@ -93,9 +101,9 @@ fn map_when_told(parent: Pid, go: OwnedFd, done: OwnedFd) -> io::Result<()> {
 
 /// Enters the user namespace and becomes its unprivileged user.
 pub fn drop_to_own_user(mapper: Mapper) -> Result<(), Error> {
+    let id = FIRST_USER + mapper.parent;
     step("user namespace", unshare(UnshareFlags::NEWUSER))?;
     mapper.map()?;
-    let id = FIRST_USER + getpid().as_raw_nonzero().get().unsigned_abs();
     let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
     step("groups", set_thread_groups(&[]))?;
     step("group id", set_thread_res_gid(group, group, group))?;
