@@ -693,6 +693,9 @@ pub struct Check {
         help = "Output format"
     )]
     pub format: TextFormat,
+    /// Show the jail of a container's monitor as the kernel reports it
+    #[arg(long, value_name = "ID")]
+    pub jail: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -42,6 +42,9 @@ struct Report {
 }
 
 pub fn run(arguments: &Check, store: &Store) -> Result<u8, Error> {
+    if let Some(id) = &arguments.jail {
+        return super::jail::run(id, arguments.format, store);
+    }
     let report = Report::new(items(store));
     let text = match arguments.format {
         TextFormat::Text => report.text(),

@@ -11,6 +11,7 @@ mod exec_process;
 mod exec_stub;
 mod features;
 mod install;
+mod jail;
 mod kill;
 mod list;
 mod live;
@@ -132,6 +133,8 @@ pub enum Error {
     Capability(String),
     #[error("--interval: has to be longer than 0")]
     Interval,
+    #[error("look at the monitor")]
+    Jail(#[source] io::Error),
     #[error("resources of {path}", path = .0.display())]
     Resources(PathBuf, #[source] io::Error),
     #[error("resources")]
