@@ -292,7 +292,7 @@ fn send_packet(driver: &mut Driver, input: &mut Input<'_>) {
 
 /// The file system device with its threads: rings, not files.
 pub fn file_system_device(data: &[u8]) {
-    let device = Arc::new(Mutex::new(Fs::new("share", 1 << 20).unwrap()));
+    let device = Arc::new(Mutex::new(file_system()));
     Driver::new(device).run(&mut Input::new(data), |driver, input| {
         let queue = input.index(2);
         // A request header of its own length, and a body.
@@ -411,6 +411,13 @@ fn device(kind: usize) -> Arc<Mutex<dyn VirtioDevice>> {
         0 => Arc::new(Mutex::new(Rng::new())),
         1 => Arc::new(Mutex::new(Balloon::new())),
         2 => Arc::new(Mutex::new(Vsock::new(GUEST_CID).unwrap())),
-        _ => Arc::new(Mutex::new(Fs::new("share", 1 << 20).unwrap())),
+        _ => Arc::new(Mutex::new(file_system())),
     }
+}
+
+/// With its threads.
+fn file_system() -> Fs {
+    let mut device = Fs::new("share", 1 << 20).unwrap();
+    device.start().unwrap();
+    device
 }
