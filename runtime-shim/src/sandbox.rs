@@ -157,7 +157,9 @@ fn attach(root: BorrowedFd<'_>, share: &Share) -> Result<(), Error> {
 
 /// The file server executes nothing and opens no devices, and must not be able to.
 fn attributes(share: &Share) -> MountAttrFlags {
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     if share.readonly {
         attributes | MountAttrFlags::MOUNT_ATTR_RDONLY
     } else {

@@ -262,8 +262,9 @@ impl Mount {
     /// The root is empty and stays so; nothing runs from the shares, and devices do nothing.
     fn is_confined(&self) -> bool {
         let has = |option: &str| self.options.iter().any(|other| other == option);
-        let is_root = self.target != "/" || (has("ro") && has("noexec") && self.kind == "tmpfs");
-        is_root && has("nosuid") && has("nodev") && self.kind != "proc" && self.kind != "sysfs"
+        let is_empty = self.target != "/" || (has("ro") && self.kind == "tmpfs");
+        let is_inert = has("nosuid") && has("nodev") && has("noexec");
+        is_empty && is_inert && self.kind != "proc" && self.kind != "sysfs"
     }
 }
 
@@ -384,7 +385,7 @@ mod tests {
 
     fn jailed() -> Facts {
         let root = "1 0 0:1 / / ro,nosuid,nodev,noexec,relatime - tmpfs none ro,size=1m";
-        let share = "2 1 8:1 /c /rootfs rw,nosuid,nodev shared:1 - ext4 /dev/sda1 rw";
+        let share = "2 1 8:1 /c /rootfs rw,nosuid,nodev,noexec shared:1 - ext4 /dev/sda1 rw";
         let limits = "Max core file size        0                    0                    bytes\n\
                       Max processes             0                    0                    processes";
         Facts {
