@@ -159,7 +159,6 @@ fn unix(path: &[u8]) -> Vec<u8> {
 fn attempts() -> Vec<(&'static str, Attempt)> {
     let exec = i64::from(libc::PROT_EXEC | libc::PROT_READ);
     let anonymous = i64::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    let dev = libc::makedev(1, 1) as i64;
     let read = |path: &CString| open(path, libc::O_RDONLY);
     let of_host = |name, number, arguments: fn(&Host) -> Vec<i64>| -> (&'static str, Attempt) {
         (name, Box::new(move |host: &Host| call(number, &arguments(host))))
@@ -171,7 +170,8 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
         on_path("open a device", "/dev/kvm", read),
         on_path("write to a read-only share", "/m0/file", |path| open(path, libc::O_WRONLY)),
         on_path("write beside the shares", "/new", |path| open(path, libc::O_WRONLY | libc::O_CREAT)),
-        on_path("make a device", "/rootfs/mem", move |path| {
+        on_path("make a device", "/rootfs/mem", |path| {
+            let dev = libc::makedev(1, 1) as i64;
             let at = [libc::AT_FDCWD.into(), pointer(path.as_bytes_with_nul()), (libc::S_IFCHR | 0o600).into(), dev];
             call(libc::SYS_mknodat, &at)
         }),
@@ -182,7 +182,12 @@ fn attempts() -> Vec<(&'static str, Attempt)> {
         of_host("signal a thread of the host", libc::SYS_tgkill, |host| vec![host.pid.into(), host.pid.into(), libc::SIGABRT.into()]),
         of_host("open a pidfd", libc::SYS_pidfd_open, |host| vec![host.pid.into(), 0]),
         of_host("trace a process of the host", libc::SYS_ptrace, |host| vec![libc::PTRACE_ATTACH.into(), host.pid.into(), 0, 0]),
-        of_host("read the memory of a process of the host", libc::SYS_process_vm_readv, |host| vec![host.pid.into(), 0, 0, 0, 0, 0]),
+        ("read the memory of a process of the host", Box::new(|host: &Host| {
+            let mut byte = 0u8;
+            let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+            // The same address is the runner's own variable there.
+            call(libc::SYS_process_vm_readv, &[host.pid.into(), pointer(&local), 1, pointer(&local), 1, 0])
+        })),
         of_host("take limits from a process of the host", libc::SYS_prlimit64, |host| vec![host.pid.into(), libc::RLIMIT_NOFILE.into(), 0, 0]),
         attempt("make a user namespace", libc::SYS_unshare, &[libc::CLONE_NEWUSER.into()]),
         attempt("make a mount namespace", libc::SYS_unshare, &[libc::CLONE_NEWNS.into()]),
