@@ -102,6 +102,8 @@ pub(super) const VCPU: &[Call] = &[
     only(libc::SYS_ioctl, &[Is(1, request::GET_DEBUGREGS)]),
     only(libc::SYS_ioctl, &[Is(1, request::GET_XSAVE)]),
     only(libc::SYS_ioctl, &[Is(1, request::GET_XCRS)]),
+    // The driver of a network card is ready, and takes what the tap is to hand over unfinished.
+    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD as u64)]),
     // The driver reset the vsock device, which drops its streams.
     any(libc::SYS_epoll_ctl),
 ];
@@ -176,11 +178,15 @@ pub(super) const EVENT_LOOP: &[Call] = &[
     only(libc::SYS_ioctl, &[Is(1, libc::TIOCGWINSZ)]),
     // Gets a vCPU out of the guest.
     only(libc::SYS_tgkill, &[OwnProcess(0), Is(2, KICK)]),
-    // A template is saved and published, and the capabilities for that are given up.
+    // A VM is saved, a template published, and the capabilities for that given up.
     any(libc::SYS_capset),
     only(libc::SYS_ioctl, &[Is(1, request::GET_CLOCK)]),
     any(libc::SYS_mincore),
+    any(libc::SYS_lseek),
+    any(libc::SYS_pread64),
     any(libc::SYS_pwrite64),
+    any(libc::SYS_statx),
+    any(libc::SYS_readlinkat),
     any(libc::SYS_getdents64),
     any(libc::SYS_renameat),
     any(libc::SYS_unlinkat),
