@@ -50,6 +50,8 @@ mod request {
     pub(super) const GET_XSAVE: u64 = ioctl::<kvm::kvm_xsave>(_IOC_READ, 0xa4);
     pub(super) const GET_XCRS: u64 = ioctl::<kvm::kvm_xcrs>(_IOC_READ, 0xa6);
     pub(super) const SET_GSI_ROUTING: u64 = ioctl::<kvm::kvm_irq_routing>(_IOC_WRITE, 0x6a);
+    pub(super) const IRQFD: u64 = ioctl::<kvm::kvm_irqfd>(_IOC_WRITE, 0x76);
+    pub(super) const IOEVENTFD: u64 = ioctl::<kvm::kvm_ioeventfd>(_IOC_WRITE, 0x79);
     pub(super) const GET_CLOCK: u64 = ioctl::<kvm::kvm_clock_data>(_IOC_READ, 0x7c);
 }
 
@@ -102,8 +104,6 @@ pub(super) const VCPU: &[Call] = &[
     only(libc::SYS_ioctl, &[Is(1, request::GET_DEBUGREGS)]),
     only(libc::SYS_ioctl, &[Is(1, request::GET_XSAVE)]),
     only(libc::SYS_ioctl, &[Is(1, request::GET_XCRS)]),
-    // The driver of a network card is ready, and takes what the tap is to hand over unfinished.
-    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD as u64)]),
     // The driver reset the vsock device, which drops its streams.
     any(libc::SYS_epoll_ctl),
 ];
@@ -176,6 +176,10 @@ pub(super) const EVENT_LOOP: &[Call] = &[
     ),
     // The size of the terminal.
     only(libc::SYS_ioctl, &[Is(1, libc::TIOCGWINSZ)]),
+    // A network card is plugged, its tap having come over the control socket, and its driver says what it can do.
+    only(libc::SYS_ioctl, &[Is(1, request::IRQFD)]),
+    only(libc::SYS_ioctl, &[Is(1, request::IOEVENTFD)]),
+    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD as u64)]),
     // Gets a vCPU out of the guest.
     only(libc::SYS_tgkill, &[OwnProcess(0), Is(2, KICK)]),
     // A VM is saved, a template published, and the capabilities for that given up.
