@@ -144,7 +144,7 @@ impl Facts {
         let namespaces = OWN.into_iter().chain(pid).filter(|kind| !self.is_own(kind));
         let mounts = self.mounts.iter().filter(|mount| !mount.is_confined());
         let devices = self.files.iter().filter(|file| file.target == "/dev/kvm");
-        let limits = [("Max core file size", "0"), ("Max processes", "0")];
+        let limits = [("Max core file size", "0")];
         let limits = limits
             .iter()
             .filter(|(name, value)| self.limits.get(*name).map(String::as_str) != Some(*value));

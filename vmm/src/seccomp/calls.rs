@@ -179,7 +179,7 @@ pub(super) const EVENT_LOOP: &[Call] = &[
     // A network card is plugged, its tap having come over the control socket, and its driver says what it can do.
     only(libc::SYS_ioctl, &[Is(1, request::IRQFD)]),
     only(libc::SYS_ioctl, &[Is(1, request::IOEVENTFD)]),
-    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD as u64)]),
+    only(libc::SYS_ioctl, &[Is(1, libc::TUNSETOFFLOAD)]),
     // Gets a vCPU out of the guest.
     only(libc::SYS_tgkill, &[OwnProcess(0), Is(2, KICK)]),
     // A VM is saved, a template published, and the capabilities for that given up.
