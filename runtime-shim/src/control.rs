@@ -238,8 +238,33 @@ pub fn accept(listener: BorrowedFd<'_>, owner: u32) -> io::Result<Option<Channel
         Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let peer = rustix::net::sockopt::socket_peercred(&socket)?.uid.as_raw();
+    let peer = peer_user(socket.as_fd())?;
     Ok((peer == 0 || peer == owner).then(|| Channel::new(socket)))
+}
+
+/// SO_PEERCRED, without rustix: that takes the pid for one that is never 0, as it is in the monitor's pid namespace for
+/// whoever is outside.
+fn peer_user(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut credentials = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the structure, which outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(credentials.uid),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn new_socket(flags: SocketFlags) -> io::Result<OwnedFd> {
