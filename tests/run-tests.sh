@@ -30,7 +30,7 @@ fi
 
 say "building the integration tests"
 # The agent's tests make containers on a kernel with a pure cgroup v2 tree, as the guest's is.
-programs=$(cargo test --quiet -p tests -p agent --test '*' --no-run --message-format=json |
+programs=$(cargo test --quiet -p tests -p agent --tests --no-run --message-format=json |
     python3 tests/test_programs.py "$@")
 [ -n "$programs" ] || { say "no integration test is named: $*"; exit 1; }
 
