@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <net/if.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -578,6 +579,19 @@ static uint8_t run(const struct start *start)
 	}
 }
 
+// QEMU's threads of all CPUs change flags of the first one without a lock (target/i386/tcg/system/fpu_helper.c,
+// cpu_clear_ignne, with each XRSTOR). When the first CPU enters or leaves a guest meanwhile, a flag comes back or gets
+// lost: interrupts stay off for good, or a guest is given the host's state. Nothing here runs a guest on that CPU.
+static void leave_first_cpu(void)
+{
+	cpu_set_t others;
+	CPU_ZERO(&others);
+	for (long cpu = 1; cpu < sysconf(_SC_NPROCESSORS_ONLN); cpu++)
+		CPU_SET(cpu, &others);
+	if (sched_setaffinity(0, sizeof(others), &others) < 0)
+		fail("sched_setaffinity: %m");
+}
+
 int main(void)
 {
 	signal(SIGPIPE, SIG_IGN);
@@ -589,6 +603,7 @@ int main(void)
 	make_device_nodes();
 	set_up_network();
 	set_limits();
+	leave_first_cpu();
 	open_port();
 
 	uint8_t frame[HEADER + 1];
