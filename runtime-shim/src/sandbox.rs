@@ -298,7 +298,8 @@ fn make_mount_point(root: BorrowedFd<'_>, share: &Share) -> rustix::io::Result<(
     }
 }
 
-/// mount_setattr(2), which rustix does not have.
+/// mount_setattr(2), which rustix does not have. Makes the mounts private besides: what is unmounted in a jail stays
+/// mounted on the host.
 fn set_attributes(
     mount: BorrowedFd<'_>,
     attributes: MountAttrFlags,
@@ -320,7 +321,7 @@ fn set_attributes(
     let attributes = MountAttr {
         set: u64::from(attributes.bits()),
         clear: u64::from(clear.bits()),
-        propagation: 0,
+        propagation: libc::MS_PRIVATE,
         user_namespace: 0,
     };
     // SAFETY: the path is a NUL-terminated string and `attributes` a struct mount_attr of the first
