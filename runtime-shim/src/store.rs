@@ -115,6 +115,9 @@ pub struct State {
     /// Added since the creation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<AddedMount>,
+    /// How often that was tried.
+    #[serde(default)]
+    pub mounts_added: u64,
     /// The container that this one is a copy of: its files lie below this one's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forked_from: Option<String>,

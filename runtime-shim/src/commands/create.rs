@@ -289,6 +289,7 @@ fn initial_state(bundle: &Bundle, id: &str, plan: &Plan) -> Result<State, Error>
         cgroups: Vec::new(),
         vm: plan.vm,
         mounts: Vec::new(),
+        mounts_added: 0,
         forked_from: None,
     })
 }

@@ -33,11 +33,13 @@ pub fn run(store: &Store, arguments: &Mounts) -> Result<u8, Error> {
     }
     let mounts = read(file)?;
     for (index, mount) in mounts.iter().enumerate() {
-        match &arguments.action {
-            MountsAction::Add(_) => add(store, &mut state, index, mount)?,
-            MountsAction::Remove(_) => remove(store, &mut state, index, mount)?,
-        }
+        let done = match &arguments.action {
+            MountsAction::Add(_) => add(store, &mut state, index, mount),
+            MountsAction::Remove(_) => remove(store, &mut state, index, mount),
+        };
+        // Also what has failed has used up a name.
         container.save(&state)?;
+        done?;
     }
     Ok(0)
 }
@@ -73,7 +75,7 @@ fn add(store: &Store, state: &mut State, index: usize, mount: &Mount) -> Result<
     let source = MountSource {
         kind: source_kind(&directory, mount),
         bundle: &directory,
-        share_name: free_name(state),
+        share_name: new_name(state),
     };
     let (guest, share, warnings) = plan::plan_mount(&field(index), mount, &source)?;
     for warning in warnings {
@@ -103,16 +105,12 @@ fn source_kind(directory: &Path, mount: &Mount) -> Option<plan::SourceKind> {
     Some(facts::kind(std::fs::metadata(directory.join(source))))
 }
 
-/// Unlike those of the creation, which begin with another letter.
-fn free_name(state: &State) -> String {
-    let taken = |name: &str| {
-        let mut shares = state.mounts.iter().filter_map(|mount| mount.share.as_ref());
-        shares.any(|(share, _)| share == name)
-    };
-    (0..)
-        .map(|number: u64| format!("a{number}"))
-        .find(|name| !taken(name))
-        .unwrap_or_default()
+/// Unlike those of the creation, which begin with another letter; and none twice, since the guest's kernel remembers
+/// what a name led to.
+fn new_name(state: &mut State) -> String {
+    let number = state.mounts_added;
+    state.mounts_added += 1;
+    format!("a{number}")
 }
 
 fn remove(store: &Store, state: &mut State, index: usize, mount: &Mount) -> Result<(), Error> {

@@ -44,6 +44,7 @@ fn state(id: &str) -> State {
             memory_mib: 96,
         },
         mounts: Vec::new(),
+        mounts_added: 0,
         forked_from: None,
     }
 }
