@@ -270,11 +270,14 @@ fn normalize(document: &mut Value, warnings: &mut Vec<String>) -> bool {
         .and_then(Value::as_array_mut)
     {
         for flag in flags {
-            // The types have this one misspelt.
-            if flag == "SCHED_FLAG_DL_OVERRUN" {
-                *flag = "SCHED_FLAG_D_L_OVERRUN".into();
-                changed = true;
-            }
+            // The types have these misspelt.
+            let misspelt = match flag.as_str() {
+                Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+                Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+                _ => continue,
+            };
+            *flag = misspelt.into();
+            changed = true;
         }
     }
     changed
