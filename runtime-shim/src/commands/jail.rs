@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::{Error, print};
 use crate::cli::TextFormat;
+use crate::monitor::launch;
 use crate::sandbox;
 use crate::store::{self, Store};
 
@@ -148,7 +149,11 @@ impl Facts {
         let limits = limits
             .iter()
             .filter(|(name, value)| self.limits.get(*name).map(String::as_str) != Some(*value));
-        let variables = self.environment.iter();
+        // What sets up the runtime itself is handed on, and says nothing of the operator.
+        let variables = self.environment.iter().filter(|variable| {
+            let name = variable.split('=').next().unwrap_or_default();
+            !launch::HANDED_ON.contains(&name)
+        });
         let dumpable = self.dumpable.then(|| "others may read its memory".into());
         vec![
             Finding::new(
@@ -163,10 +168,7 @@ impl Facts {
                 "capabilities",
                 threads(&|thread| thread.capabilities & !thread.may_have() != 0),
             ),
-            Finding::new(
-                "unprivileged user",
-                threads(&|thread| thread.users.contains(&0)),
-            ),
+            Finding::new("unprivileged user", threads(&Thread::is_root)),
             Finding::new(
                 "own namespaces",
                 namespaces
@@ -229,6 +231,12 @@ impl Thread {
                 .map(|user| user.parse().unwrap_or(0))
                 .collect(),
         }
+    }
+
+    /// The user for access to files, which comes last, is for the file server that of the guest's process.
+    fn is_root(&self) -> bool {
+        let count = if self.may_have() == 0 { 4 } else { 3 };
+        self.users.iter().take(count).any(|&user| user == 0)
     }
 
     /// The file server acts on files for all users of the guest; the others on nothing.

@@ -214,6 +214,9 @@ fn spawn_as_init(mut command: Command) -> io::Result<Child> {
     }
 }
 
+/// The environment variables that a monitor is given.
+pub const HANDED_ON: [&str; 3] = [CONSOLE_VARIABLE, stages::VARIABLE, templates::VARIABLE];
+
 /// The same program again, which is what `/proc/self/exe` is even if the file has been replaced.
 fn command(
     id: &str,
@@ -225,7 +228,7 @@ fn command(
     rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("sandbox").env_clear();
-    for variable in [CONSOLE_VARIABLE, stages::VARIABLE, templates::VARIABLE] {
+    for variable in HANDED_ON {
         if let Some(path) = std::env::var_os(variable) {
             command.env(variable, path);
         }
