@@ -19,7 +19,7 @@ use crate::vcpu_state::VcpuState;
 
 const MAGIC: &[u8; 8] = b"SBOXSNAP";
 /// Raised with every change of what follows.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = MAGIC.len() + 4 + 4 + 4;
 /// More than 32 vCPUs and the tables of a busy file server need, and than what deleted files may hold.
 const MAX_STATE: usize = 128 << 20;

@@ -38,6 +38,10 @@ impl OpenFile {
         self.file.as_fd()
     }
 
+    pub(super) fn reads(&self) -> bool {
+        self.flags & OFlags::RWMODE != OFlags::WRONLY
+    }
+
     pub(super) fn flags(&self) -> u32 {
         self.flags.bits()
     }

@@ -673,12 +673,13 @@ impl Table {
         const BITS: u32 = 48;
         /// Top bits of numbers that do not fit.
         const FOLDED: u16 = 0x7fff;
-        let count = self.devices.len();
-        let index = match self.devices.entry(device) {
-            MapEntry::Occupied(entry) => *entry.get(),
-            MapEntry::Vacant(entry) => {
-                let index = u16::try_from(count).unwrap_or(FOLDED).min(FOLDED);
-                *entry.insert(index)
+        let index = match self.devices.get(&device) {
+            Some(index) => *index,
+            None => {
+                let last = self.devices.values().max();
+                let index = last.map_or(0, |last| last.saturating_add(1).min(FOLDED));
+                self.devices.insert(device, index);
+                index
             }
         };
         if ino >> BITS == 0 && index < FOLDED {

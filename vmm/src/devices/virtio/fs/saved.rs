@@ -2,10 +2,11 @@
 //! What a guest knows of a share and has open of it, in a snapshot. Files go by their names and are opened again when
 //! the VM is restored; only those that have none any more are saved with what is in them.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
 
@@ -89,12 +90,20 @@ impl Passthrough {
     pub(super) fn save(&self, connected: bool) -> Result<SavedFiles, SavedFilesError> {
         let (next_file, files) = self.files.list();
         let (next_directory, directories) = self.directories.list();
-        let open: BTreeSet<NodeId> = files.iter().map(|(_, node, _)| *node).collect();
+        // One that can be read, if there is one.
+        let mut open: BTreeMap<NodeId, &OpenFile> = BTreeMap::new();
+        for (_, node, file) in &files {
+            match open.entry(*node) {
+                Entry::Vacant(entry) => _ = entry.insert(file),
+                Entry::Occupied(mut entry) if file.reads() => _ = entry.insert(file),
+                Entry::Occupied(_) => {}
+            }
+        }
         let mut nameless = Vec::new();
         let mut room = LARGEST_CONTENT;
-        for node in open {
+        for (node, file) in open {
             if let Some(path) = self.inodes.nameless(node) {
-                nameless.push(self.save_nameless(node, path.as_fd(), &mut room)?);
+                nameless.push(self.save_nameless(node, path.as_fd(), file, &mut room)?);
             } else if !self.inodes.is_in_place(node) {
                 return Err(SavedFilesError::Moved(self.inodes.shown(node)));
             }
@@ -128,10 +137,12 @@ impl Passthrough {
         })
     }
 
+    /// Reads through what the guest has open: whoever saves can open nothing in the jail.
     fn save_nameless(
         &self,
         node: NodeId,
         path: std::os::fd::BorrowedFd<'_>,
+        file: &OpenFile,
         room: &mut usize,
     ) -> Result<NamelessFile, SavedFilesError> {
         let name = rustix::fs::readlinkat(&*self.self_fd, DecInt::from_fd(path), Vec::new());
@@ -142,12 +153,17 @@ impl Passthrough {
         if stat.stx_size > *room as u64 {
             return Err(SavedFilesError::TooLarge(name));
         }
-        let file = self.self_fd.reopen(path, OFlags::RDONLY).map_err(fail)?;
-        let mut content = Vec::new();
-        File::from(file)
-            .take(*room as u64)
-            .read_to_end(&mut content)
-            .map_err(|error| SavedFilesError::Io(name.clone(), error))?;
+        let mut content = vec![0; stat.stx_size as usize];
+        let mut length = 0;
+        while length < content.len() {
+            match rustix::io::pread(file.file(), &mut content[length..], length as u64) {
+                Ok(0) => break,
+                Ok(count) => length += count,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(fail(error)),
+            }
+        }
+        content.truncate(length);
         *room -= content.len();
         let first = Path::new(&name).components().find_map(|part| match part {
             Component::Normal(name) => Some(name.as_encoded_bytes().to_vec()),

@@ -20,6 +20,8 @@ use super::{DEPTH, Identity, Inodes, Nature, Node, NodeId, Place};
 pub(in super::super) struct SavedInodes {
     next: NodeId,
     nodes: Vec<SavedNode>,
+    /// Of file systems, in the inode numbers that programs have seen.
+    devices: Vec<((u32, u32), u16)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,9 +71,11 @@ impl Inodes {
                 .as_ref()
                 .map(|place| (place.parent, place.name.as_bytes().to_vec())),
         });
+        let devices = table.devices.iter();
         SavedInodes {
             next: table.next,
             nodes: nodes.collect(),
+            devices: devices.map(|(device, index)| (*device, *index)).collect(),
         }
     }
 
@@ -131,6 +135,11 @@ impl Inodes {
                 }
             }
             table.next = saved.next;
+            // The first is that of the root, which is another one each time.
+            let others = saved.devices.iter().filter(|(_, index)| *index != 0);
+            for (device, index) in others {
+                table.devices.entry(*device).or_insert(*index);
+            }
         }
         let mut found = vec![ROOT_ID];
         while let Some(directory) = found.pop() {
