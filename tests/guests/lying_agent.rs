@@ -54,7 +54,10 @@ impl Container {
                 self.when = args.next().unwrap_or_default();
                 self.what = args.next().unwrap_or_default();
                 match (self.when.as_str(), self.what.as_str()) {
-                    ("create", "sweep") => refuse(host, number, sweep(stdio)),
+                    ("create", "sweep") => {
+                        refuse(host, number, sweep(stdio));
+                        wait_for_ever()
+                    }
                     ("create", what) => lie(host, what, number, &self.id),
                     _ => {}
                 }
@@ -188,12 +191,6 @@ fn lie(host: &mut File, what: &str, number: u64, container: &str) {
             for id in [container, "other", "\u{1b}[2J\n"] {
                 let container = id.to_owned();
                 event(host, Event::OutOfMemory { container });
-                let stranger = Event::Exited {
-                    container: id.to_owned(),
-                    process: 77,
-                    status: 255,
-                };
-                event(host, stranger);
             }
         },
         _ => {}
