@@ -190,7 +190,6 @@ fn now() -> f64 {
 }
 
 #[test]
-#[ignore = "the restored container is found stopped, for a reason not yet known"]
 fn threads_sockets_timers_files_and_a_database_go_on() {
     let runtime = Runtime::new();
     if !runtime.is_sandbox() {

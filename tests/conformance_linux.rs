@@ -260,7 +260,7 @@ fn seccomp_actions_arguments_and_architectures() {
 show(kill=called(139), thread=called(153), trap=called(163), trace=called(136), log=called(121, 0), errno=called(38, 0, 0, 0),
     equal=[called(36, which, 0) for which in (100, 101)], greater=[called(145, pid) for pid in (1 << 20, (1 << 20) + 1)],
     masked=[called(148, pid, 0) for pid in (0x123, 0x133)], less=[called(255, 9999, 5) for _ in (0,)],
-    both=[called(254, first, second, 0) for first, second in ((9000, 7), (9000, 8), (9001, 7))],
+    both=[called(254, first, second, 2) for first, second in ((9000, 7), (9000, 8), (9001, 7))],
     mode=status('Seccomp'), filters=int(status('Seccomp_filters')), compat=called_32())"
     );
     // runc of Debian 12 knows no flags.

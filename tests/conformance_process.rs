@@ -104,6 +104,10 @@ fn the_init_process_and_an_exec_are_as_asked() {
     };
     check_process(&shown(&outcome), umask, score, files);
 
+    if runtime.name() == "crun" {
+        // That of Debian 12 has no option for groups.
+        return;
+    }
     // And by options.
     let program = probe_program(
         "show(uid=os.getuid(), gid=os.getgid(), groups=sorted(os.getgroups()), cwd=os.getcwd(),
@@ -220,6 +224,11 @@ fn with(pointer: &str, value: impl Into<Value>) -> BundleBuilder {
 #[test]
 fn processes_that_cannot_be() {
     let runtime = Runtime::new();
+    skip_on!(
+        runtime,
+        ["crun"],
+        "it takes what is not a directory for one"
+    );
     let refused = |bundle, words: &[&str]| check_refused(&runtime, bundle, words);
     refused(with("/process/cwd", "tmp"), &["cwd"]);
     refused(with("/process/cwd", "/etc/passwd"), &["not a directory"]);
@@ -288,7 +297,7 @@ fn processes_that_only_a_strict_runtime_refuses() {
             "/process/ioPriority",
             json!({"class": "IOPRIO_CLASS_NONE", "priority": 0}),
         ),
-        &["ioPriority", "IOPRIO_CLASS_NONE"],
+        &["IOPRIO_CLASS_NONE"],
     );
     refused(
         with("/process/execCPUAffinity", json!({"initial": "x"})),
