@@ -5,11 +5,13 @@
 //! `RUNTIME` in the environment names another runtime for the engines to use, which shows that a test is right.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bundle::Bundle;
 use crate::runtime::{Outcome, finish};
@@ -23,6 +25,15 @@ pub struct Engine {
     options: Vec<OsString>,
     environment: Vec<(&'static str, OsString)>,
     directory: PathBuf,
+    /// Daemons, in the order of their start.
+    daemons: Mutex<Vec<Daemon>>,
+}
+
+/// A process of an engine, with its log.
+#[derive(Debug)]
+struct Daemon {
+    process: Child,
+    log: PathBuf,
 }
 
 /// Podman, with the runtime under test as its default.
@@ -36,6 +47,41 @@ pub fn podman() -> &'static Engine {
             }
         });
         engine.import_busybox();
+        engine
+    })
+}
+
+/// Docker with a containerd of its own and without networks, with the runtime under test as its default.
+pub fn docker() -> &'static Engine {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(|| {
+        let engine = Engine::docker();
+        at_exit(|| {
+            if let Some(engine) = ENGINE.get() {
+                engine.end();
+            }
+        });
+        engine.import_busybox();
+        engine
+    })
+}
+
+/// containerd with its stock shim. `ctr` is told of the runtime by each command, and needs no image.
+pub fn containerd() -> &'static Engine {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(|| {
+        let engine = Engine::containerd();
+        at_exit(|| {
+            if let Some(engine) = ENGINE.get() {
+                // What a test that failed has left.
+                let tasks = engine.call(&["tasks", "list", "--quiet"]);
+                for task in tasks.text().lines() {
+                    let _ = engine.call(&["tasks", "delete", "--force", task]).status;
+                }
+                engine.stop_daemons();
+                let _ = fs::remove_dir_all(&engine.directory);
+            }
+        });
         engine
     })
 }
@@ -80,7 +126,135 @@ impl Engine {
                 ("TMPDIR", directory.clone().into()),
             ],
             directory,
+            daemons: Mutex::default(),
         }
+    }
+
+    fn containerd() -> Engine {
+        let directory = new_directory("containerd");
+        let mut address = OsString::from("--address=");
+        address.push(directory.join("containerd.sock"));
+        let engine = Engine {
+            program: "ctr",
+            options: vec![address],
+            environment: Vec::new(),
+            directory,
+            daemons: Mutex::default(),
+        };
+        engine.start_containerd();
+        engine
+    }
+
+    fn start_containerd(&self) {
+        let configuration = self.write(
+            "containerd.toml",
+            &format!(
+                "version = 2\nroot = \"{0}/containerd\"\nstate = \"{0}/containerd-run\"\n\
+                 [grpc]\naddress = \"{0}/containerd.sock\"\n",
+                self.directory.display()
+            ),
+        );
+        install("containerd", Path::new(&configuration));
+        let socket = self.path("containerd.sock");
+        self.start_daemon("containerd", &["--config".into(), configuration.into()]);
+        crate::wait_until("containerd listens", || socket.exists());
+    }
+
+    fn docker() -> Engine {
+        let directory = new_directory("docker");
+        let configuration = directory.join("daemon.json");
+        install("docker", &configuration);
+        let socket = format!("unix://{}/docker.sock", directory.display());
+        let engine = Engine {
+            // Debian's, whatever else there is.
+            program: "/usr/bin/docker",
+            options: Vec::new(),
+            environment: vec![
+                ("DOCKER_HOST", socket.into()),
+                ("HOME", directory.clone().into()),
+            ],
+            directory,
+            daemons: Mutex::default(),
+        };
+        engine.start_containerd();
+        engine.start_dockerd();
+        engine
+    }
+
+    /// Starts dockerd, also once more after `kill_daemon`.
+    pub fn start_dockerd(&self) {
+        let mut arguments: Vec<OsString> = Vec::new();
+        for (option, name) in [
+            ("--config-file", "daemon.json"),
+            ("--containerd", "containerd.sock"),
+            ("--data-root", "data"),
+            ("--exec-root", "run"),
+            ("--pidfile", "docker.pid"),
+        ] {
+            arguments.extend([option.into(), self.path(name).into()]);
+        }
+        let words = "--bridge none --iptables=false --storage-driver overlay2 --live-restore \
+                     --default-runtime sandbox --exec-opt native.cgroupdriver=cgroupfs --host";
+        arguments.extend(
+            words
+                .split(' ')
+                .filter(|word| !word.is_empty())
+                .map(OsString::from),
+        );
+        let mut host = OsString::from("unix://");
+        host.push(self.path("docker.sock"));
+        arguments.push(host);
+        self.start_daemon("dockerd", &arguments);
+        crate::wait_until("dockerd answers", || self.call(&["version"]).status == 0);
+    }
+
+    fn start_daemon(&self, program: &str, arguments: &[OsString]) {
+        let log = self.path(&format!("{program}.log"));
+        let file = File::options()
+            .append(true)
+            .create(true)
+            .open(&log)
+            .unwrap();
+        let process = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{program}: {error}"));
+        self.daemons().push(Daemon { process, log });
+    }
+
+    fn stop_daemons(&self) {
+        while let Some(mut daemon) = self.daemons().pop() {
+            let _ = kill_process(Pid::from_child(&daemon.process), Signal::TERM);
+            let _ = daemon.process.wait();
+        }
+    }
+
+    /// Kills the daemon that was started last, as a crash would.
+    pub fn kill_daemon(&self) {
+        let mut daemon = self.daemons().pop().expect("a daemon runs");
+        daemon.process.kill().unwrap();
+        daemon.process.wait().unwrap();
+    }
+
+    fn daemons(&self) -> MutexGuard<'_, Vec<Daemon>> {
+        self.daemons.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The end of each daemon's log, for a test that failed.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for daemon in self.daemons().iter() {
+            let log = fs::read_to_string(&daemon.log).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(20)..] {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        text
     }
 
     /// A command of the engine, with nothing on stdin.
@@ -160,9 +334,16 @@ impl Engine {
     }
 
     fn end(&self) {
-        let _ = self.call(&["rm", "--force", "--all"]).status;
+        let list = self.call(&["ps", "--all", "--quiet"]);
+        let ids: Vec<&str> = list.text().lines().collect();
+        let mut remove = vec!["rm", "--force"];
+        remove.extend(&ids);
+        if !ids.is_empty() {
+            let _ = self.call(&remove).status;
+        }
+        self.stop_daemons();
         // Its own mounts, which it leaves for the next command.
-        for name in ["graph/overlay", "graph"] {
+        for name in ["graph/overlay", "graph", "run/netns/default", "data"] {
             let _ = rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH);
         }
         let _ = fs::remove_dir_all(&self.directory);
