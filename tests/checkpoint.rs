@@ -319,8 +319,8 @@ fn what_is_no_checkpoint_of_this_container_is_refused() {
         fs::write(&path, good).unwrap();
     };
     refused("state", &|state| state[0] ^= 1, "not a snapshot");
-    refused("state", &|state| state[8] += 1, "expected 2");
-    refused("state", &|state| state[8] -= 1, "version 1");
+    refused("state", &|state| state[8] += 1, "expected 3");
+    refused("state", &|state| state[8] -= 1, "version 2");
     refused("state", &|state| state[500] ^= 1, "damaged");
     refused("state", &|state| state.truncate(3000), "damaged");
     refused("state", &Vec::clear, "not a snapshot");

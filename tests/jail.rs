@@ -89,7 +89,7 @@ fn inspect(runtime: &Runtime, templates: &Path) {
             || target.ends_with("/fd")
             || target.starts_with("/rootfs/")
             || target.ends_with("/pagemap")
-            || target.ends_with("/memory");
+            || target.ends_with(".memory");
         assert!(harmless, "{file}");
     }
 }
