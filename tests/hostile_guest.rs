@@ -117,6 +117,7 @@ fn run_machine(share: &Path) -> (String, Vec<u64>) {
         (text, rounds)
     });
     machine.start().unwrap();
+    machine.resume();
     let stopped = loop {
         let ready = poll(&mut [PollFd::new(&machine, PollFlags::IN)], Some(&DEADLINE)).unwrap();
         assert_ne!(ready, 0, "the guest does nothing");
