@@ -4,8 +4,9 @@
 use std::fs;
 use std::process::Command;
 
+use harness::Bundle;
 use harness::engine::{self, Engine};
-use harness::{Bundle, Outcome};
+use harness::runtime::finish;
 
 /// `ctr run OPTIONS` with the runtime under test and a root file system of busybox.
 fn run(ctr: &Engine, options: &[&str], id: &str, bundle: &Bundle, arguments: &[&str]) -> Command {
@@ -20,10 +21,6 @@ fn run(ctr: &Engine, options: &[&str], id: &str, bundle: &Bundle, arguments: &[&
     all.extend([bundle.rootfs().to_str().unwrap(), id]);
     all.extend(arguments);
     ctr.command(&all)
-}
-
-fn finish(command: Command) -> Outcome {
-    harness::runtime::finish(command)
 }
 
 #[test]

@@ -1,49 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Docker with `sandbox` as its runtime, driven by its own command line.
 
-use std::fs;
-
 use harness::engine;
 
 #[test]
 fn run_carries_input_output_and_status() {
-    let docker = engine::docker();
-    let file = docker.write("input", "from outside\n");
-    let script = "cat; echo noise >&2; exit 7";
-    let mut command = docker.command(&[
-        "run",
-        "--rm",
-        "-i",
-        "--network",
-        "none",
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ]);
-    command.stdin(fs::File::open(file).unwrap());
-    let outcome = harness::runtime::finish(command);
-    assert_eq!(outcome.status, 7, "{outcome:?}\n{}", docker.logs());
-    assert_eq!(outcome.text(), "from outside\n");
-    assert_eq!(outcome.stderr, "noise\n");
-    assert_eq!(docker.call(&["ps", "-aq"]).ok(), "");
+    engine::docker().check_run();
 }
 
 #[test]
 fn what_cannot_be_run_has_the_status_of_a_shell() {
-    let docker = engine::docker();
-    let run =
-        |command: &str| docker.call(&["run", "--rm", "--network", "none", "busybox", command]);
-    let missing = run("nosuch");
-    assert_eq!(missing.status, 127, "{missing:?}");
-    assert!(
-        missing
-            .stderr
-            .contains("executable file not found in $PATH"),
-        "{missing:?}"
-    );
-    let forbidden = run("/etc/passwd");
-    assert_eq!(forbidden.status, 126, "{forbidden:?}");
+    engine::docker().check_what_cannot_be_run();
 }
 
 #[test]

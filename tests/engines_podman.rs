@@ -9,43 +9,12 @@ use harness::engine;
 
 #[test]
 fn run_carries_input_output_and_status() {
-    let podman = engine::podman();
-    let file = podman.write("input", "from outside\n");
-    let script = "cat; echo noise >&2; exit 7";
-    let mut command = podman.command(&[
-        "run",
-        "--rm",
-        "-i",
-        "--network",
-        "none",
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ]);
-    command.stdin(fs::File::open(file).unwrap());
-    let outcome = harness::runtime::finish(command);
-    assert_eq!(outcome.status, 7, "{outcome:?}");
-    assert_eq!(outcome.text(), "from outside\n");
-    assert_eq!(outcome.stderr, "noise\n");
-    assert_eq!(podman.call(&["ps", "-aq"]).ok(), "");
+    engine::podman().check_run();
 }
 
 #[test]
 fn what_cannot_be_run_has_the_status_of_a_shell() {
-    let podman = engine::podman();
-    let run =
-        |command: &str| podman.call(&["run", "--rm", "--network", "none", "busybox", command]);
-    let missing = run("nosuch");
-    assert_eq!(missing.status, 127, "{missing:?}");
-    assert!(
-        missing
-            .stderr
-            .contains("executable file not found in $PATH"),
-        "{missing:?}"
-    );
-    let forbidden = run("/etc/passwd");
-    assert_eq!(forbidden.status, 126, "{forbidden:?}");
+    let forbidden = engine::podman().check_what_cannot_be_run();
     assert!(
         forbidden.stderr.contains("permission denied"),
         "{forbidden:?}"

@@ -17,7 +17,11 @@ use crate::bundle::Bundle;
 use crate::runtime::{Outcome, finish};
 use crate::top;
 
-/// An engine that has an image `busybox`.
+/// Debian's, whatever else there is.
+const DOCKER: &str = "/usr/bin/docker";
+const CTR: &str = "ctr";
+
+/// An engine that has an image `busybox`, unless it is containerd.
 #[derive(Debug)]
 pub struct Engine {
     program: &'static str,
@@ -36,54 +40,38 @@ struct Daemon {
     log: PathBuf,
 }
 
+/// A test program drives one engine. A static is not dropped, so that its end is that of the program.
+static ENGINE: OnceLock<Engine> = OnceLock::new();
+
+fn engine(program: &str, start: fn() -> Engine) -> &'static Engine {
+    extern "C" fn end() {
+        if let Some(engine) = ENGINE.get() {
+            // A panic must not leave a C function.
+            let _ = std::panic::catch_unwind(|| engine.end());
+        }
+    }
+    let engine = ENGINE.get_or_init(|| {
+        // SAFETY: `end` is a function without arguments that does not unwind, as atexit(3) wants it.
+        unsafe { libc::atexit(end) };
+        start()
+    });
+    assert_eq!(engine.program, program, "one engine in a test program");
+    engine
+}
+
 /// Podman, with the runtime under test as its default.
 pub fn podman() -> &'static Engine {
-    static ENGINE: OnceLock<Engine> = OnceLock::new();
-    ENGINE.get_or_init(|| {
-        let engine = Engine::podman();
-        at_exit(|| {
-            if let Some(engine) = ENGINE.get() {
-                engine.end();
-            }
-        });
-        engine.import_busybox();
-        engine
-    })
+    engine("podman", Engine::podman)
 }
 
 /// Docker with a containerd of its own and without networks, with the runtime under test as its default.
 pub fn docker() -> &'static Engine {
-    static ENGINE: OnceLock<Engine> = OnceLock::new();
-    ENGINE.get_or_init(|| {
-        let engine = Engine::docker();
-        at_exit(|| {
-            if let Some(engine) = ENGINE.get() {
-                engine.end();
-            }
-        });
-        engine.import_busybox();
-        engine
-    })
+    engine(DOCKER, Engine::docker)
 }
 
 /// containerd with its stock shim. `ctr` is told of the runtime by each command, and needs no image.
 pub fn containerd() -> &'static Engine {
-    static ENGINE: OnceLock<Engine> = OnceLock::new();
-    ENGINE.get_or_init(|| {
-        let engine = Engine::containerd();
-        at_exit(|| {
-            if let Some(engine) = ENGINE.get() {
-                // What a test that failed has left.
-                let tasks = engine.call(&["tasks", "list", "--quiet"]);
-                for task in tasks.text().lines() {
-                    let _ = engine.call(&["tasks", "delete", "--force", task]).status;
-                }
-                engine.stop_daemons();
-                let _ = fs::remove_dir_all(&engine.directory);
-            }
-        });
-        engine
-    })
+    engine(CTR, Engine::containerd)
 }
 
 /// The runtime under test: `RUNTIME` in the environment, or this checkout's `sandbox`.
@@ -117,7 +105,7 @@ impl Engine {
             ),
         )
         .unwrap();
-        Engine {
+        let engine = Engine {
             program: "podman",
             options: Vec::new(),
             environment: vec![
@@ -127,7 +115,9 @@ impl Engine {
             ],
             directory,
             daemons: Mutex::default(),
-        }
+        };
+        engine.import_busybox();
+        engine
     }
 
     fn containerd() -> Engine {
@@ -135,7 +125,7 @@ impl Engine {
         let mut address = OsString::from("--address=");
         address.push(directory.join("containerd.sock"));
         let engine = Engine {
-            program: "ctr",
+            program: CTR,
             options: vec![address],
             environment: Vec::new(),
             directory,
@@ -166,8 +156,7 @@ impl Engine {
         install("docker", &configuration);
         let socket = format!("unix://{}/docker.sock", directory.display());
         let engine = Engine {
-            // Debian's, whatever else there is.
-            program: "/usr/bin/docker",
+            program: DOCKER,
             options: Vec::new(),
             environment: vec![
                 ("DOCKER_HOST", socket.into()),
@@ -178,6 +167,7 @@ impl Engine {
         };
         engine.start_containerd();
         engine.start_dockerd();
+        engine.import_busybox();
         engine
     }
 
@@ -313,6 +303,46 @@ impl Engine {
         }
     }
 
+    /// Input, both outputs and the status of a container come through `run`, and nothing is left of it.
+    pub fn check_run(&self) {
+        let file = self.write("input", "from outside\n");
+        let script = "cat; echo noise >&2; exit 7";
+        let mut command = self.command(&[
+            "run",
+            "--rm",
+            "-i",
+            "--network",
+            "none",
+            "busybox",
+            "sh",
+            "-c",
+            script,
+        ]);
+        command.stdin(File::open(file).unwrap());
+        let outcome = finish(command);
+        assert_eq!(outcome.status, 7, "{outcome:?}\n{}", self.logs());
+        assert_eq!(outcome.text(), "from outside\n");
+        assert_eq!(outcome.stderr, "noise\n");
+        assert_eq!(self.call(&["ps", "-aq"]).ok(), "");
+    }
+
+    /// What cannot be run has the status that a shell gives it. Gives what came of a file that is no program.
+    pub fn check_what_cannot_be_run(&self) -> Outcome {
+        let run =
+            |command: &str| self.call(&["run", "--rm", "--network", "none", "busybox", command]);
+        let missing = run("nosuch");
+        assert_eq!(missing.status, 127, "{missing:?}");
+        assert!(
+            missing
+                .stderr
+                .contains("executable file not found in $PATH"),
+            "{missing:?}"
+        );
+        let forbidden = run("/etc/passwd");
+        assert_eq!(forbidden.status, 126, "{forbidden:?}");
+        forbidden
+    }
+
     fn import_busybox(&self) {
         let bundle = Bundle::busybox(&["/bin/sh"]).build();
         self.import("busybox", bundle.rootfs(), ".");
@@ -333,13 +363,19 @@ impl Engine {
         fs::remove_file(&archive).unwrap();
     }
 
+    /// With what a test that failed has left.
     fn end(&self) {
-        let list = self.call(&["ps", "--all", "--quiet"]);
-        let ids: Vec<&str> = list.text().lines().collect();
-        let mut remove = vec!["rm", "--force"];
-        remove.extend(&ids);
+        let (list, remove): (&[&str], &[&str]) = match self.program {
+            CTR => (
+                &["tasks", "list", "--quiet"],
+                &["tasks", "delete", "--force"],
+            ),
+            _ => (&["ps", "--all", "--quiet"], &["rm", "--force"]),
+        };
+        let left = self.call(list);
+        let ids: Vec<&str> = left.text().lines().collect();
         if !ids.is_empty() {
-            let _ = self.call(&remove).status;
+            let _ = self.call(&[remove, &ids].concat()).status;
         }
         self.stop_daemons();
         // Its own mounts, which it leaves for the next command.
@@ -414,20 +450,4 @@ fn new_directory(name: &str) -> PathBuf {
 
 fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
-}
-
-/// Has a function called at the end of the test program: what is in a static is not dropped.
-fn at_exit(function: fn()) {
-    static FUNCTIONS: OnceLock<fn()> = OnceLock::new();
-    extern "C" fn call() {
-        if let Some(function) = FUNCTIONS.get() {
-            // A panic must not leave a C function.
-            let _ = std::panic::catch_unwind(function);
-        }
-    }
-    FUNCTIONS
-        .set(function)
-        .expect("one engine in a test program");
-    // SAFETY: `call` is a function without arguments that does not unwind, as atexit(3) wants it.
-    unsafe { libc::atexit(call) };
 }
