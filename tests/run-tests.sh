@@ -11,6 +11,7 @@ say() { echo "tests: $*" >&2; }
 tests/build.sh
 tests/host/packages.sh host runtimes engines rootfs
 examples/rootfs.sh target/rootfs
+tests/filesystem/tools.sh
 tests/hostile/build.sh target/hostile/kernel
 
 if [ $# -eq 0 ]; then
