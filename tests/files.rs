@@ -294,7 +294,7 @@ fn many_small_files() {
     outcome.ok();
     print!("{}", outcome.stderr);
     let mut left = 0;
-    for number in (0..files).step_by(16) {
+    for number in (0..files).filter(|number| number % 250 % 16 == 0) {
         let name = format!("b{}/{number}", number / 250);
         assert_eq!(volume.read(&name), number.to_string());
         left += 1;
