@@ -15,6 +15,9 @@ use crate::signal;
 /// The newest version of the runtime specification whose fields are all looked at.
 pub const OCI_VERSION: &str = "1.3.0";
 
+/// The verb of a monitor, before all options.
+pub const MONITOR: &str = "monitor";
+
 /// An OCI runtime that runs each container in a microVM.
 ///
 /// The command line is runc's, so engines use it unchanged. To try it by hand: put a
@@ -36,6 +39,16 @@ pub struct Cli {
     pub global: Global,
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// The command line of a monitor alone. To build the whole of the other takes as long as the rest of its start.
+#[derive(Debug, Parser)]
+#[command(name = "sandbox", disable_version_flag = true)]
+struct MonitorCli {
+    #[command(flatten)]
+    global: Global,
+    #[command(flatten)]
+    monitor: Monitor,
 }
 
 /// Options before the command.
@@ -250,7 +263,7 @@ impl Command {
             Command::Install(_) => "install",
             Command::Uninstall(_) => "uninstall",
             Command::Completion(_) => "completion",
-            Command::Monitor(_) => "monitor",
+            Command::Monitor(_) => MONITOR,
         }
     }
 }
@@ -864,7 +877,11 @@ pub fn command() -> clap::Command {
 
 impl Cli {
     /// Parses the arguments of the process, program name first.
-    pub fn from_arguments(arguments: Vec<OsString>) -> Result<Cli, CliError> {
+    pub fn from_arguments(mut arguments: Vec<OsString>) -> Result<Cli, CliError> {
+        if arguments.get(1).is_some_and(|verb| verb == MONITOR) {
+            arguments.remove(1);
+            return monitor(&arguments);
+        }
         let mut command = command();
         let arguments = go_style(&command, arguments);
         // Builds no more of the command than what is used: each process of a start comes through here.
@@ -873,6 +890,18 @@ impl Cli {
             .and_then(|matches| Cli::from_arg_matches(&matches))
             .map_err(|error| describe(&command, &arguments, &error))
     }
+}
+
+fn monitor(arguments: &[OsString]) -> Result<Cli, CliError> {
+    let mut command = MonitorCli::command().version(version());
+    let matches = command.try_get_matches_from_mut(arguments);
+    let parsed = matches.and_then(|matches| MonitorCli::from_arg_matches(&matches));
+    let MonitorCli { global, monitor } =
+        parsed.map_err(|error| describe(&command, arguments, &error))?;
+    Ok(Cli {
+        global,
+        command: Command::Monitor(monitor),
+    })
 }
 
 /// Rewrites what Go's flag package understands and clap does not: long options with one dash, and

@@ -18,7 +18,7 @@ use rustix::thread::LinkNameSpaceType;
 use super::CONSOLE_VARIABLE;
 use super::order::{Deadlines, Failure, Go, Order, Report, Stage};
 use crate::channel::{self, Channel, wait};
-use crate::cli::Global;
+use crate::cli::{self, Global};
 use crate::signal_fd;
 use crate::{sandbox, stages, store, templates};
 
@@ -233,8 +233,8 @@ fn command(
             command.env(variable, path);
         }
     }
-    command.args(logging(global));
-    command.args(["monitor", "--fd", &socket.as_raw_fd().to_string(), "--", id]);
+    command.arg(cli::MONITOR).args(logging(global));
+    command.args(["--fd", &socket.as_raw_fd().to_string(), "--", id]);
     if !streams {
         command.stdin(Stdio::null());
         command.stdout(Stdio::null());
