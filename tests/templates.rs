@@ -68,7 +68,34 @@ fn clones_of_a_template_differ() {
             seen.push(value);
         }
     }
-    assert_eq!(fs::read_dir(&templates.0).unwrap().count(), 2, "made once");
+    // State, memory, and the list of pages that the second start has made.
+    assert_eq!(fs::read_dir(&templates.0).unwrap().count(), 3, "made once");
+}
+
+#[test]
+fn the_pages_of_a_start_are_noted_once_and_nothing_else_is_believed() {
+    let runtime = Runtime::new();
+    if !runtime.is_sandbox() {
+        return;
+    }
+    let templates = Templates::new("pages");
+    templates.run(&runtime, "true").ok();
+    templates.run(&runtime, "true").ok();
+    let pages = templates.file("pages");
+    let noted = fs::read(&pages).unwrap();
+    assert!(noted.len() > 100, "{} bytes", noted.len());
+    assert_eq!(templates.run(&runtime, "echo up").ok(), "up");
+    assert_eq!(fs::read(&pages).unwrap(), noted);
+    let mut damaged = noted.clone();
+    damaged[40] ^= 0xff;
+    for content in [&b"pages"[..], &damaged, &noted[..noted.len() / 2]] {
+        fs::write(&pages, content).unwrap();
+        assert_eq!(templates.run(&runtime, "echo up").ok(), "up");
+    }
+    // Emptied, as by a monitor that came to nothing before it wrote.
+    fs::write(&pages, "").unwrap();
+    assert_eq!(templates.run(&runtime, "echo up").ok(), "up");
+    assert!(fs::metadata(&pages).unwrap().len() > 100);
 }
 
 #[test]

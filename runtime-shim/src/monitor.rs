@@ -24,11 +24,11 @@ use crate::agent_client::AgentClient;
 use crate::channel::Channel;
 use crate::network::Joined;
 use crate::plan::{BOOT_ID, Network};
-use crate::templates::{Draft, Template as VmTemplate};
+use crate::templates::Template as VmTemplate;
 use crate::{console, control, logging, network, sandbox, signal_fd, stages, stdio};
 use checkpoint::Checkpoint;
 use container::{Container, Streams, Template};
-use event_loop::{EventLoop, Parts};
+use event_loop::{EventLoop, Owed, Parts};
 use order::{FILES, Failure, Go, Order, Report, Stage, chain};
 
 /// The creating verb has everything ready when it starts the monitor.
@@ -131,7 +131,7 @@ fn set_up(
         .iter()
         .map(|share| share.name.clone())
         .collect();
-    let (mut machine, draft, checkpoint) = match files.checkpoint {
+    let (mut machine, owed, checkpoint) = match files.checkpoint {
         Some(checkpoint) => {
             let config = config().map_err(at(Stage::Machine))?;
             // What a copy has beside what it was copied from.
@@ -144,11 +144,11 @@ fn set_up(
                 false => shares.clone(),
             };
             let (machine, checkpoint) = restore_machine(config, checkpoint, &shares)?;
-            (machine, None, Some(checkpoint))
+            (machine, Owed::default(), Some(checkpoint))
         }
         None => {
-            let (machine, draft) = make_machine(config, template)?;
-            (machine, draft, None)
+            let (machine, owed) = make_machine(config, template)?;
+            (machine, owed, None)
         }
     };
     if let Some(console) = console {
@@ -208,7 +208,7 @@ fn set_up(
     };
     Ok(Some(Parts {
         machine,
-        draft,
+        owed,
         agent,
         agent_heard,
         container,
@@ -251,14 +251,23 @@ fn plug(
 fn make_machine(
     config: impl Fn() -> io::Result<VmConfig>,
     template: Option<VmTemplate>,
-) -> Result<(Machine, Option<Draft>), Failure> {
+) -> Result<(Machine, Owed), Failure> {
     let config = || config().map_err(at(Stage::Machine));
-    if let Some(files) = template.as_ref().and_then(VmTemplate::open) {
-        match Machine::restore(config()?, files) {
-            Ok(machine) => return Ok((machine, None)),
+    if let Some(template) = &template
+        && let Some(files) = template.open()
+    {
+        let known = template.working_set();
+        match Machine::restore(config()?, files, &known) {
+            Ok(machine) => {
+                let mut owed = Owed::default();
+                if known.is_empty() {
+                    owed.working_set = template.working_set_to_fill();
+                }
+                return Ok((machine, owed));
+            }
             Err(error) => log::warn!("template: {}: booting instead", chain(&error)),
         }
-        template.iter().for_each(VmTemplate::remove);
+        template.remove();
     }
     let mut machine = Machine::new(config()?).map_err(at(Stage::Machine))?;
     let draft = template.and_then(|template| template.draft().ok());
@@ -266,7 +275,11 @@ fn make_machine(
     if let Some(files) = files {
         machine.save_when_ready(files);
     }
-    Ok((machine, draft))
+    let owed = Owed {
+        draft,
+        working_set: None,
+    };
+    Ok((machine, owed))
 }
 
 /// Names a file for whoever debugs a guest: it gets all that the kernel and the agent say.

@@ -7,12 +7,14 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, renameat, unlinkat};
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Mode, OFlags, flock, openat, renameat, unlinkat,
+};
 use rustix::io::Errno;
 use serde::Serialize;
 use vmm::SnapshotFiles;
@@ -25,6 +27,12 @@ pub const VARIABLE: &str = "SANDBOX_TEMPLATES";
 
 /// How names of drafts begin.
 const DRAFT: &str = "draft-";
+
+/// How names of files end: the working set is optional.
+const KINDS: [&str; 3] = ["state", "memory", WORKING_SET];
+const WORKING_SET: &str = "pages";
+/// The most bytes of a working set, which is a list of ranges.
+const MAX_WORKING_SET: u64 = 1 << 18;
 
 const DIRECTORY: &str = "/var/cache/sandbox/templates";
 
@@ -126,7 +134,7 @@ pub fn remove<'a>(path: &Path, names: &'a [String]) -> io::Result<Option<&'a str
             return Ok(Some(name));
         }
         let mut found = false;
-        for kind in ["state", "memory"] {
+        for kind in KINDS {
             match unlinkat(&directory, format!("{name}.{kind}"), AtFlags::empty()) {
                 Ok(()) => found = true,
                 Err(Errno::NOENT) => {}
@@ -217,10 +225,32 @@ impl Template {
         Some(SnapshotFiles { state, memory })
     }
 
+    /// What [`vmm::Machine::working_set`] has written of a machine from this template; empty if there is nothing.
+    pub fn working_set(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Ok(file) = self.open_file(WORKING_SET) {
+            let _ = file.take(MAX_WORKING_SET).read_to_end(&mut bytes);
+        }
+        bytes
+    }
+
+    /// The file for a working set, for the first that asks. None: another machine is about to fill it, or has.
+    pub fn working_set_to_fill(&self) -> Option<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE;
+        let file = self.open_with(WORKING_SET, flags).ok()?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+        (file.metadata().ok()?.len() == 0).then_some(file)
+    }
+
     fn open_file(&self, kind: &str) -> io::Result<File> {
+        self.open_with(kind, OFlags::RDONLY)
+    }
+
+    fn open_with(&self, kind: &str, flags: OFlags) -> io::Result<File> {
         let name = format!("{}.{kind}", self.name);
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = File::from(openat(&self.directory, name, flags, Mode::empty())?);
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = File::from(openat(&self.directory, name, flags, mode)?);
         let metadata = file.metadata()?;
         let own = metadata.uid() == rustix::process::geteuid().as_raw();
         let private = metadata.is_file() && metadata.mode() & 0o077 == 0 && metadata.nlink() == 1;
@@ -232,7 +262,7 @@ impl Template {
 
     /// Removes a template that cannot be restored.
     pub fn remove(&self) {
-        for kind in ["state", "memory"] {
+        for kind in KINDS {
             let _ = unlinkat(
                 &self.directory,
                 format!("{}.{kind}", self.name),

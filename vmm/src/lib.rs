@@ -19,6 +19,7 @@ mod snapshot;
 mod vcpu;
 mod vcpu_state;
 mod vm;
+mod working_set;
 
 pub use config::{ConfigError, VmConfig};
 pub use devices::virtio::net::NetworkCard;

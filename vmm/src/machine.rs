@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
@@ -19,7 +20,7 @@ use crate::bus::Bus;
 use crate::config::{ConfigError, VmConfig};
 use crate::devices::ioapic::Ioapic;
 use crate::devices::uart::Uart;
-use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::balloon::{Balloon, REPORTING as BALLOON_REPORTING};
 use crate::devices::virtio::fs::{Fs, SavedFiles};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET, TransportState};
 use crate::devices::virtio::net::{Net, NetworkCard};
@@ -34,10 +35,16 @@ use crate::snapshot::{
 use crate::vcpu::{StopReason, VcpuShared, VcpuThreads};
 use crate::vcpu_state::VcpuState;
 use crate::vm::{Vm, VmError, failed};
+use crate::working_set::WorkingSet;
 
 /// The address of the guest on the vsock device: the first that is not reserved. Each VM has a device of its own, so
 /// all guests can have the same.
 const GUEST_CID: u64 = 3;
+
+/// Between the last report of free memory, of which there may be several, and the snapshot.
+const REST_AFTER_REPORT: Duration = Duration::from_millis(50);
+/// Between the call of the agent and the snapshot, if there is no report: a small guest has nothing to report.
+const REST_WITHOUT_REPORT: Duration = Duration::from_secs(3);
 
 /// The mount tag of the file system device.
 pub const SHARE_TAG: &str = "share";
@@ -106,10 +113,16 @@ pub struct Machine {
     vsock_transport: Arc<MmioTransport>,
     ioapic: Arc<Ioapic>,
     plan: VmPlan,
-    /// To be filled when the agent first calls the host.
+    /// To be filled when the agent has called the host and the guest has come to rest.
     pending_save: Option<SnapshotFiles>,
+    /// When that will be.
+    save_at: Option<Instant>,
+    /// The guest has reported free memory.
+    reported: bool,
     /// The devices of a restored VM, until it is started.
     restored: Option<Vec<TransportState>>,
+    /// What the vCPU threads of a restored VM begin with.
+    working_set: Option<WorkingSet>,
     /// The file server's part of a restored VM with a container in it, until it has its root.
     restored_files: Option<SavedFiles>,
     /// The devices have been in use when they were saved.
@@ -137,13 +150,25 @@ impl Machine {
     }
 
     /// Builds the VM that [`Machine::save_when_ready`] has saved: the same configuration, the same host. Nothing runs.
-    /// The memory file stays mapped, and must not change as long as the VM lives.
-    pub fn restore(config: VmConfig, mut files: SnapshotFiles) -> Result<Machine, Error> {
+    /// The memory file stays mapped, and must not change as long as the VM lives. `working_set` is what
+    /// [`Machine::working_set`] has written of another one; anything else in it is taken for an empty one.
+    pub fn restore(
+        config: VmConfig,
+        mut files: SnapshotFiles,
+        working_set: &[u8],
+    ) -> Result<Machine, Error> {
         let state = MachineState::read(&mut files.state)?;
         if state.running.is_some() {
             return Err(SnapshotError::Shape.into());
         }
-        Machine::from_snapshot(config, state, files.memory)
+        let mut machine = Machine::from_snapshot(config, state, files.memory)?;
+        machine.working_set = WorkingSet::decode(working_set, &machine.memory).ok();
+        Ok(machine)
+    }
+
+    /// Which pages the guest has used since it was restored, for those that are restored after it.
+    pub fn working_set(&self) -> Result<Vec<u8>, Error> {
+        Ok(WorkingSet::of(&self.memory, self.content.pagemap())?.encode()?)
     }
 
     /// Builds the VM that [`Machine::save`] has saved, and returns what its owner had to say then. Each stream that was
@@ -231,7 +256,10 @@ impl Machine {
             ioapic,
             plan,
             pending_save: None,
+            save_at: None,
+            reported: false,
             restored,
+            working_set: None,
             restored_files,
             was_running,
             frozen: None,
@@ -291,8 +319,8 @@ impl Machine {
         lock(&self.balloon).set_target(mib.saturating_mul(PAGES_OF_A_MIB));
     }
 
-    /// Saves the VM when the guest first calls the host over vsock: it is up then, and nothing of the host is in it yet.
-    /// [`MachineEvent::Saved`] tells the end; the VM goes on in any case.
+    /// Saves the VM when the guest has called the host over vsock, so that it is up and nothing of the host is in it yet,
+    /// and has then come to rest. [`MachineEvent::Saved`] tells the end; the VM goes on in any case.
     pub fn save_when_ready(&mut self, files: SnapshotFiles) {
         self.pending_save = Some(files);
     }
@@ -316,7 +344,10 @@ impl Machine {
             }
         }
         let vcpus = std::mem::take(&mut self.vcpus);
-        let threads = VcpuThreads::start(vcpus, self.shared.clone())
+        let working_set = self.working_set.take().unwrap_or_default();
+        let first = Arc::new((working_set, self.memory.clone()));
+        let prepare = move |vcpu: &VcpuFd, part| first.0.prepare(&first.1, vcpu, part);
+        let threads = VcpuThreads::start(vcpus, self.shared.clone(), prepare)
             .map_err(|error| Error::Create("a vCPU thread", error))?;
         self.vcpu_threads = Some(threads);
         Ok(())
@@ -399,13 +430,14 @@ impl Machine {
             match self.sources.get(token) {
                 Some(Source::Kick { slot, queue }) => {
                     let (slot, queue) = (*slot, *queue);
-                    events.extend(self.save_if_ready());
                     self.kicked(slot, queue);
+                    self.await_rest(slot, queue);
                 }
                 Some(Source::Device { slot }) => self.transports[*slot].process_event(),
                 Some(Source::VcpuStop) | None => self.report_stop(&mut events),
             }
         }
+        events.extend(self.save_if_due());
         let closed = lock(&self.vsock).take_closed();
         events.extend(
             closed
@@ -436,14 +468,35 @@ impl Machine {
         }
     }
 
-    fn save_if_ready(&mut self) -> Option<MachineEvent> {
-        if self.pending_save.is_none() || !self.vsock_transport.has_chains(VSOCK_TRANSMIT) {
-            return None;
+    /// When [`Machine::dispatch`] has something to do without an event.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.save_at
+    }
+
+    /// Two seconds after its start, Linux goes through all free memory once to report it, and each restored guest would
+    /// do so again if it was saved before: in memory that it would then need copies of.
+    fn await_rest(&mut self, slot: usize, queue: usize) {
+        let kind = self.plan.slots[slot].kind;
+        let reports = kind == SlotKind::Balloon && queue == BALLOON_REPORTING;
+        if self.pending_save.is_none() {
+            return;
         }
+        self.reported |= reports;
+        if self.vsock_transport.has_chains(VSOCK_TRANSMIT) && (reports || self.save_at.is_none()) {
+            let wait = match self.reported {
+                true => REST_AFTER_REPORT,
+                false => REST_WITHOUT_REPORT,
+            };
+            self.save_at = Some(Instant::now() + wait);
+        }
+    }
+
+    fn save_if_due(&mut self) -> Option<MachineEvent> {
+        self.save_at.take_if(|at| *at <= Instant::now())?;
         let files = self.pending_save.take()?;
         let result = self.save_ready(files).map_err(|error| error.to_string());
         self.show_cards();
-        // The call that was waited for is now to be answered, whichever kick brought us here.
+        // The call that was waited for is now to be answered.
         for queue in 0..=VSOCK_TRANSMIT {
             self.vsock_transport.process_queue(queue);
         }

@@ -100,20 +100,8 @@ fn crc32(bytes: &[u8]) -> u32 {
 impl MachineState {
     pub(crate) fn write(&self, file: &mut File) -> Result<(), SnapshotError> {
         let body = postcard::to_stdvec(self).map_err(|_| SnapshotError::Damaged)?;
-        file.write_all(&MachineState::envelope(&body))
+        file.write_all(&envelope(&body))
             .map_err(SnapshotError::State)
-    }
-
-    /// `body` with the header that `decode` checks.
-    pub(crate) fn envelope(body: &[u8]) -> Vec<u8> {
-        // A body that is too long for its field is refused when it is read.
-        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(length.to_le_bytes());
-        bytes.extend(crc32(body).to_le_bytes());
-        bytes.extend(body);
-        bytes
     }
 
     pub(crate) fn read(file: &mut File) -> Result<MachineState, SnapshotError> {
@@ -125,21 +113,38 @@ impl MachineState {
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
-        let rest = bytes.strip_prefix(MAGIC).ok_or(SnapshotError::Foreign)?;
-        let (version, rest) = word(rest)?;
-        if version != VERSION {
-            return Err(SnapshotError::Version(version));
-        }
-        let (length, rest) = word(rest)?;
-        let (checksum, body) = word(rest)?;
-        if body.len() != length as usize || crc32(body) != checksum {
-            return Err(SnapshotError::Damaged);
-        }
-        match postcard::take_from_bytes(body) {
+        match postcard::take_from_bytes(body(bytes)?) {
             Ok((state, [])) => Ok(state),
             _ => Err(SnapshotError::Damaged),
         }
     }
+}
+
+/// `body` with the header that [`body`] checks.
+pub(crate) fn envelope(body: &[u8]) -> Vec<u8> {
+    // A body that is too long for its field is refused when it is read.
+    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(length.to_le_bytes());
+    bytes.extend(crc32(body).to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+/// What is in an envelope of this version, whole.
+pub(crate) fn body(bytes: &[u8]) -> Result<&[u8], SnapshotError> {
+    let rest = bytes.strip_prefix(MAGIC).ok_or(SnapshotError::Foreign)?;
+    let (version, rest) = word(rest)?;
+    if version != VERSION {
+        return Err(SnapshotError::Version(version));
+    }
+    let (length, rest) = word(rest)?;
+    let (checksum, body) = word(rest)?;
+    if body.len() != length as usize || crc32(body) != checksum {
+        return Err(SnapshotError::Damaged);
+    }
+    Ok(body)
 }
 
 fn word(bytes: &[u8]) -> Result<(u32, &[u8]), SnapshotError> {
@@ -157,7 +162,7 @@ pub(crate) struct Content {
 }
 
 /// Linux: Documentation/admin-guide/mm/pagemap.rst.
-const PAGE_PRESENT: u64 = 1 << 63;
+pub(crate) const PAGE_PRESENT: u64 = 1 << 63;
 const PAGE_SWAPPED: u64 = 1 << 62;
 /// Entries of the page map that are read at once.
 const ENTRIES: u64 = 8192;
@@ -168,6 +173,10 @@ impl Content {
     pub(crate) fn new(base: Option<File>) -> std::io::Result<Content> {
         let pagemap = File::open("/proc/self/pagemap")?;
         Ok(Content { pagemap, base })
+    }
+
+    pub(crate) fn pagemap(&self) -> &File {
+        &self.pagemap
     }
 
     /// Writes the pages that are not zero; the others are holes. The regions follow each other in the file, as they do

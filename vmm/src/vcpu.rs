@@ -174,6 +174,19 @@ fn uart_register(port: u16) -> Option<u16> {
         .filter(|register| *register < layout::UART_PORTS)
 }
 
+/// A share of work that all vCPU threads do together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part {
+    pub(crate) index: usize,
+    pub(crate) of: usize,
+}
+
+impl Part {
+    pub(crate) fn of<T>(self, all: &[T]) -> impl Iterator<Item = &T> {
+        all.iter().skip(self.index).step_by(self.of)
+    }
+}
+
 /// The threads of all vCPUs of a VM; ended and joined on drop.
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {
@@ -182,10 +195,12 @@ pub(crate) struct VcpuThreads {
 }
 
 impl VcpuThreads {
-    /// Starts a thread for each vCPU. They are paused.
+    /// Starts a thread for each vCPU. They are paused. Each begins with `prepare`, which is told which one of how many
+    /// it is, and is confined after that.
     pub(crate) fn start(
         vcpus: Vec<VcpuFd>,
         shared: Arc<VcpuShared>,
+        prepare: impl Fn(&VcpuFd, Part) + Clone + Send + 'static,
     ) -> Result<VcpuThreads, std::io::Error> {
         register_signal_handler(SIGRTMIN(), interrupt_run)
             .map_err(|error| std::io::Error::from_raw_os_error(error.errno()))?;
@@ -193,11 +208,16 @@ impl VcpuThreads {
             shared,
             threads: Vec::with_capacity(vcpus.len()),
         };
+        let of = vcpus.len();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = all.shared.clone();
+            let prepare = prepare.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || run(vcpu, index, &shared))?;
+                .spawn(move || {
+                    prepare(&vcpu, Part { index, of });
+                    run(vcpu, index, &shared);
+                })?;
             all.threads.push(thread);
         }
         Ok(all)

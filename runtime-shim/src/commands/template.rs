@@ -123,7 +123,11 @@ fn create(path: PathBuf, files: HostFiles, arguments: &TemplateCreate) -> Result
 fn wait_until_saved(machine: &mut Machine) -> Result<(), TemplateError> {
     let deadline = Some(Instant::now() + Deadlines::from_environment().boot);
     loop {
-        channel::wait(machine.as_fd(), PollFlags::IN, deadline).map_err(TemplateError::Boot)?;
+        let due = machine.deadline();
+        match channel::wait(machine.as_fd(), PollFlags::IN, due.or(deadline)) {
+            Err(channel::Error::TimedOut) if due.is_some() => {}
+            waited => waited.map_err(TemplateError::Boot)?,
+        }
         for event in machine.dispatch().map_err(TemplateError::Machine)? {
             match event {
                 MachineEvent::Saved(result) => return result.map_err(TemplateError::Save),

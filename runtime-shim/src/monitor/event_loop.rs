@@ -3,7 +3,8 @@
 //! carries out what that answers.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -69,12 +70,20 @@ impl Source {
 /// The loop ends with this exit status.
 struct Exit(u8);
 
+/// What this machine is to give to the templates.
+#[derive(Debug, Default)]
+pub struct Owed {
+    /// The template that it is to fill.
+    pub draft: Option<Draft>,
+    /// The file for the pages that it uses, having been restored.
+    pub working_set: Option<File>,
+}
+
 /// All that the loop waits for and acts upon.
 #[derive(Debug)]
 pub struct Parts {
     pub machine: Machine,
-    /// The template that the machine is to fill.
-    pub draft: Option<Draft>,
+    pub owed: Owed,
     pub agent: AgentClient<Asked>,
     /// The guest was up when the machine was restored.
     pub agent_heard: bool,
@@ -95,7 +104,7 @@ pub struct Parts {
 pub struct EventLoop {
     epoll: OwnedFd,
     machine: Machine,
-    draft: Option<Draft>,
+    owed: Owed,
     agent: AgentClient<Asked>,
     agent_waits_to_write: bool,
     /// The agent has said something: the guest is up.
@@ -128,7 +137,7 @@ impl EventLoop {
             machine: parts.machine,
             agent: parts.agent,
             agent_heard: parts.agent_heard,
-            draft: parts.draft,
+            owed: parts.owed,
             agent_waits_to_write: false,
             container: parts.container,
             first: parts.first,
@@ -166,7 +175,11 @@ impl EventLoop {
         }
         loop {
             let now = self.keep_deadlines()?;
-            let deadlines = [self.container.deadline(now), self.agent.deadline()];
+            let deadlines = [
+                self.container.deadline(now),
+                self.agent.deadline(),
+                self.machine.deadline(),
+            ];
             for source in self.wait(deadlines.into_iter().flatten().min())? {
                 let actions = self.handle(source);
                 self.perform(actions)?;
@@ -177,7 +190,7 @@ impl EventLoop {
     /// Lets the guest run, once no thread of the monitor can do more than it needs.
     fn start(&mut self) -> Result<(), String> {
         self.machine.start().map_err(|error| chain(&error))?;
-        if self.draft.is_none() {
+        if self.owed.draft.is_none() {
             vmm::drop_capabilities().map_err(|error| chain(&error))?;
         }
         vmm::confine(ThreadKind::EventLoop).map_err(|error| chain(&error))?;
@@ -189,6 +202,10 @@ impl EventLoop {
         let now = Instant::now();
         for asked in self.agent.overdue(now) {
             let actions = self.container.overdue(asked, now);
+            self.perform(actions)?;
+        }
+        if self.machine.deadline().is_some_and(|due| due <= now) {
+            let actions = self.machine_events();
             self.perform(actions)?;
         }
         let actions = self.container.time(now);
@@ -244,7 +261,7 @@ impl EventLoop {
     /// Nothing of a container has reached the guest yet: what is published is the kernel and the agent alone. The
     /// descriptors of the cache are closed before that changes.
     fn publish(&mut self, saved: Result<(), String>) {
-        let Some(draft) = self.draft.take() else {
+        let Some(draft) = self.owed.draft.take() else {
             return;
         };
         let published = saved.and_then(|()| draft.publish().map_err(|error| error.to_string()));
@@ -254,6 +271,19 @@ impl EventLoop {
         // Nothing else is done by this thread that takes any.
         if let Err(error) = vmm::drop_capabilities() {
             log::error!("monitor: capabilities cannot be given up: {error}");
+        }
+    }
+
+    /// Nothing that the container brings has run yet; the file is closed before it does.
+    fn write_working_set(&mut self) {
+        let Some(mut file) = self.owed.working_set.take() else {
+            return;
+        };
+        let written = self.machine.working_set().map_err(|error| chain(&error));
+        let written =
+            written.and_then(|set| file.write_all(&set).map_err(|error| error.to_string()));
+        if let Err(error) = written {
+            log::warn!("template: its working set cannot be written: {error}");
         }
     }
 
@@ -397,7 +427,10 @@ impl EventLoop {
             Action::Hangup { verb } => drop(self.verbs.remove(&verb)),
             Action::Report(report) => {
                 match report {
-                    Report::Created => stages::mark("container"),
+                    Report::Created => {
+                        stages::mark("container");
+                        self.write_working_set();
+                    }
                     Report::Started => stages::mark("exec"),
                     _ => {}
                 }

@@ -23,7 +23,7 @@ use crate::devices::virtio::fs::{self, Fs};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostStream, TX, Vsock};
 use crate::memory::GuestMemory;
-use crate::snapshot::{MachineState, MemoryId};
+use crate::snapshot::{self, MachineState, MemoryId};
 
 const GUEST_CID: u64 = 3;
 
@@ -364,8 +364,8 @@ pub fn snapshot(data: &[u8]) {
     let mut input = Input::new(data);
     let state = match input.index(4) {
         0 => MachineState::decode(input.rest()),
-        1 => MachineState::decode(&MachineState::envelope(input.rest())),
-        _ => MachineState::decode(&MachineState::envelope(&changed_state(&mut input))),
+        1 => MachineState::decode(&snapshot::envelope(input.rest())),
+        _ => MachineState::decode(&snapshot::envelope(&changed_state(&mut input))),
     };
     let Ok(state) = state else { return };
     let ioapic = Ioapic::new(Box::new(|_| {}));

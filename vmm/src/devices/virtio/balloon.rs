@@ -25,7 +25,7 @@ const FEATURE_PAGE_REPORTING: u64 = 1 << 5;
 const INFLATE: usize = 0;
 #[cfg(test)]
 const DEFLATE: usize = 1;
-const REPORTING: usize = 2;
+pub(crate) const REPORTING: usize = 2;
 /// Linux reports up to 32 ranges in one chain; the other queues hold one buffer.
 const QUEUE_SIZES: [u16; 3] = [16, 16, 32];
 
