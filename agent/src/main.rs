@@ -40,6 +40,7 @@ mod syscalls;
 mod transport;
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use crate::core::{Core, ShareSource};
 use crate::error::Result;
@@ -56,6 +57,7 @@ fn main() {
 }
 
 fn start() -> Result<Server> {
+    let begun = Instant::now();
     let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let core = match arguments.as_slice() {
         [development, sockets, share, cgroup] if development == Path::new("--development") => {
@@ -77,5 +79,5 @@ fn start() -> Result<Server> {
             Core::new(Transport::Vsock, ShareSource::VirtioFs, cgroup.into())?
         }
     };
-    Server::new(core)
+    Server::new(core, begun)
 }

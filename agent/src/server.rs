@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Instant;
 
 use agent_protocol::{Clock, ErrorKind, Event, Reply, Request, ToAgent, VERSION};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -33,12 +34,15 @@ enum Answer {
 }
 
 impl Server {
-    pub(crate) fn new(mut core: Core) -> Result<Server> {
+    pub(crate) fn new(mut core: Core, start: Instant) -> Result<Server> {
         let signals = crate::syscalls::child_signals().stage("signals")?;
         core.poll
             .add_reader(&signals, Source::Signals)
             .stage("epoll")?;
-        core.event(Event::Ready { version: VERSION });
+        core.event(Event::Ready {
+            version: VERSION,
+            age_ns: u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        });
         Ok(Server {
             core,
             signals,

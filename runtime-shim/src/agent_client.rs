@@ -318,13 +318,20 @@ mod tests {
     #[test]
     fn a_piecemeal_frame_is_waited_for() {
         let (mut client, mut guest) = pair();
-        let frame = encode(&FromAgent::Event(Event::Ready { version: 1 })).unwrap();
+        let frame = encode(&FromAgent::Event(Event::Ready {
+            version: 1,
+            age_ns: 0,
+        }))
+        .unwrap();
         for byte in &frame[..frame.len() - 1] {
             guest.write_all(&[*byte]).unwrap();
             assert_eq!(client.receive().unwrap(), []);
         }
         guest.write_all(&frame[frame.len() - 1..]).unwrap();
-        let event = Incoming::Event(Event::Ready { version: 1 });
+        let event = Incoming::Event(Event::Ready {
+            version: 1,
+            age_ns: 0,
+        });
         assert_eq!(client.receive().unwrap(), [event]);
     }
 
@@ -350,7 +357,11 @@ mod tests {
         client.send(Request::Shutdown, "late", late).unwrap();
         assert!(client.save().is_none(), "an answer is missing");
         client.overdue(Instant::now());
-        let event = encode(&FromAgent::Event(Event::Ready { version: 1 })).unwrap();
+        let event = encode(&FromAgent::Event(Event::Ready {
+            version: 1,
+            age_ns: 0,
+        }))
+        .unwrap();
         guest.write_all(&event[..3]).unwrap();
         assert_eq!(client.receive().unwrap(), []);
         let saved = client.save().unwrap();
@@ -360,7 +371,10 @@ mod tests {
         let mut client = AgentClient::resume(host.into(), saved);
         guest.write_all(&event[3..]).unwrap();
         guest.write_all(&reply(1, Ok(Reply::Done))).unwrap();
-        let event = Incoming::Event(Event::Ready { version: 1 });
+        let event = Incoming::Event(Event::Ready {
+            version: 1,
+            age_ns: 0,
+        });
         assert_eq!(client.receive().unwrap(), [event]);
         client.send(Request::Shutdown, "next", None).unwrap();
         assert_eq!(read_request(&mut guest).number, 2);

@@ -149,8 +149,24 @@ def idle_table(results):
     return plain_rows(heading, results, "idle", cells)
 
 
-def stage_table(results):
-    """Of the runtime that tells its stages; each figure is the time since the stage before."""
+def verb_table(results):
+    base = next((r for r in results["runtimes"] if r["name"] == "runc" and r["exec"]), None)
+
+    def cells(runtime):
+        row = []
+        for verb in ("exec", "delete"):
+            middle = median(runtime[verb])
+            row += [milliseconds(middle), "%.2f" % (middle / median(base[verb])) if base else "-"]
+        return row + [str(len(runtime["exec"])), str(len(runtime["delete"]))]
+
+    measured = dict(results, runtimes=[r for r in results["runtimes"] if r["exec"] or r["exec_reason"]])
+    heading = ["verbs", "exec ms", "/ runc", "delete -f ms", "/ runc", "execs", "deletes"]
+    return plain_rows(heading, measured, "exec", cells)
+
+
+def stage_tables(results):
+    """Of the runtimes that tell their stages; each figure is the time since the stage before."""
+    tables = []
     for runtime in results["runtimes"]:
         durations, order = {}, []
         for sample in runtime["start"]:
@@ -163,11 +179,11 @@ def stage_table(results):
             if sample["stages"]:
                 durations.setdefault("return", []).append(sample["started_ns"] + sample["wall_ns"] - last)
         if order:
-            rows = [["stages of " + runtime["name"], "ms", "p90", "runs"]]
+            rows = [["stages of " + runtime["label"], "ms", "p90", "runs"]]
             rows += [[stage, milliseconds(median(durations[stage])), milliseconds(percentile(durations[stage], 0.9)),
                       str(len(durations[stage]))] for stage in order + ["return"]]
-            return table(rows)
-    return None
+            tables.append(table(rows))
+    return tables
 
 
 def network_table(results):
@@ -201,7 +217,7 @@ def render(results):
         parts.append(idle_table(results))
     if any(runtime["network"] for runtime in results["runtimes"]):
         parts.append(network_table(results))
-    stages = stage_table(results)
-    if stages:
-        parts.append(stages)
+    if any(runtime["exec"] for runtime in results["runtimes"]):
+        parts.append(verb_table(results))
+    parts += stage_tables(results)
     return "\n\n".join(parts)

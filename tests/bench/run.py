@@ -27,6 +27,8 @@ import report  # noqa: E402
 import runtimes  # noqa: E402
 
 WARM_UPS = 2
+# In each running container that exec is measured in.
+EXECS = 3
 
 
 def parse_arguments():
@@ -34,9 +36,11 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="starts of each runtime (30)")
     parser.add_argument("--idle-rounds", type=int, default=3, metavar="N", help="idle containers of each (3)")
+    parser.add_argument("--verb-rounds", type=int, default=5, metavar="N",
+                        help="running containers of each, for exec (three times) and delete (5)")
     parser.add_argument("--network-rounds", type=int, default=3, metavar="N", help="network measurements of each (3)")
     parser.add_argument("--network-seconds", type=int, default=4, metavar="N", help="each of their three parts (4)")
-    parser.add_argument("--only", metavar="NAME,...", help="of sandbox, runc, crun, runsc, qemu")
+    parser.add_argument("--only", metavar="NAME,...", help="of sandbox, sandbox-cold, runc, crun, runsc, qemu")
     parser.add_argument("--results", metavar="FILE", default=os.path.join(target, "bench/results.json"),
                         help="raw samples (target/bench/results.json)")
     parser.add_argument("--rootfs", metavar="DIR", default=os.path.join(target, "rootfs"))
@@ -45,7 +49,7 @@ def parse_arguments():
                         help="kernel and initramfs for QEMU")
     parser.add_argument("--qemu-memory", type=int, default=256, metavar="MIB", help="of QEMU's guest (256)")
     arguments = parser.parse_args()
-    if min(arguments.rounds, arguments.idle_rounds, arguments.network_rounds) < 0 or arguments.network_seconds < 1:
+    if min(arguments.rounds, arguments.idle_rounds, arguments.verb_rounds, arguments.network_rounds) < 0 or arguments.network_seconds < 1:
         parser.error("rounds must be at least 0, --network-seconds at least 1")
     if not os.path.exists(os.path.join(arguments.rootfs, "bin/true")):
         parser.error("%s: no root file system with /bin/true; examples/rootfs.sh makes it" % arguments.rootfs)
@@ -57,6 +61,7 @@ def parse_arguments():
 def chosen(arguments, directory):
     all_of_them = [
         runtimes.OciRuntime("sandbox", arguments.sandbox, directory),
+        runtimes.OciRuntime("sandbox-cold", arguments.sandbox, directory, run_options=("--no-template",)),
         runtimes.OciRuntime("runc", "runc", directory),
         runtimes.OciRuntime("crun", "crun", directory),
         # Its network set-up takes every namespace for the host's on newer kernels; an empty one is none.
@@ -129,6 +134,18 @@ def idles(pairs, path, rounds):
                 progress("idle: %s" % error)
 
 
+def verbs(pairs, path, rounds):
+    for number in range(rounds):
+        for runtime, record in pairs:
+            try:
+                times = runtime.verbs(path, "verbs-%s-%d" % (runtime.name, number), EXECS)
+                record["exec"] += times["exec"]
+                record["delete"] += times["delete"]
+            except (measure.Failed, OSError) as error:
+                record["exec_reason"] = str(error)
+                progress("exec and delete: %s" % error)
+
+
 def write_results(path, results):
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -149,13 +166,15 @@ def measure_all(arguments, directory):
     for runtime in chosen(arguments, directory):
         record = {"name": runtime.name, "label": runtime.label, "version": runtime.version, "reason": None,
                   "start": [], "start_reason": None, "failures": [], "idle": [], "idle_reason": None,
-                  "network": [], "network_reason": None}
+                  "exec": [], "delete": [], "exec_reason": None, "network": [], "network_reason": None}
         results["runtimes"].append(record)
         warm_up(runtime, record, true_bundle)
         if not record["reason"]:
             pairs.append((runtime, record))
     starts(pairs, true_bundle, arguments.rounds)
     idles(pairs, idle_bundle, arguments.idle_rounds)
+    # QEMU has no containers; a booted one is as a restored one by then.
+    verbs([pair for pair in pairs if pair[0].name not in ("qemu", "sandbox-cold")], idle_bundle, arguments.verb_rounds)
     # The others have no network here, or none by this set-up.
     networked = [(runtime, record) for runtime, record in pairs if runtime.name in ("sandbox", "runc", "crun")]
     network.measure_network(networked, directory, config, arguments.network_rounds, arguments.network_seconds)

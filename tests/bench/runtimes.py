@@ -23,10 +23,16 @@ def version_of(command):
     return text.strip().splitlines()[0] if text.strip() else ""
 
 
+def program_name(program):
+    return os.path.basename(program)
+
+
 class OciRuntime:
-    def __init__(self, name, program, directory, options=()):
+    def __init__(self, name, program, directory, options=(), run_options=()):
+        """Options of the runtime go before the verb, those of `run` behind it."""
         self.name = name
-        self.label = " ".join((name,) + options)
+        self.label = " ".join((program_name(program),) + options + run_options)
+        self.run_options = run_options
         self.program = program
         self.path = shutil.which(program)
         self.options = list(options)
@@ -46,7 +52,7 @@ class OciRuntime:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.stages_file)
         environment = dict(os.environ, SANDBOX_STAGES=self.stages_file)
-        command = self.command("run", "--bundle", bundle, container)
+        command = self.command("run", *self.run_options, "--bundle", bundle, container)
         try:
             sample = measure.run(command, self.messages, environment)
         except measure.Failed:
@@ -57,17 +63,38 @@ class OciRuntime:
     def idle(self, bundle, container):
         """Memory of a detached container whose process sleeps."""
         # Its processes are to live on, so nothing is reaped here.
-        pid = measure.spawn(self.command("run", "--detach", "--bundle", bundle, container), self.messages)
         try:
-            with measure.deadline(60, self.name + " run --detach"):
-                _, status = os.waitpid(pid, 0)
-            code = os.waitstatus_to_exitcode(status)
-            if code != 0:
-                raise measure.Failed("%s: status %d: %s" % (self.name, code, measure.last_line(self.messages)))
+            self.detach(bundle, container)
             time.sleep(SETTLE_SECONDS)
             return measure.tree_memory()
         finally:
             self.remove(container)
+
+    def detach(self, bundle, container):
+        arguments = ("run", *self.run_options, "--detach", "--bundle", bundle, container)
+        self.wait_for(measure.spawn(self.command(*arguments), self.messages), "run --detach")
+
+    def wait_for(self, pid, verb):
+        with measure.deadline(60, "%s %s" % (self.name, verb)):
+            _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code != 0:
+            raise measure.Failed("%s %s: status %d: %s" % (self.name, verb, code, measure.last_line(self.messages)))
+
+    def verbs(self, bundle, container, execs):
+        """Wall times in ns: of /bin/true executed several times in a running container, and of its forced deletion."""
+        try:
+            self.detach(bundle, container)
+            times = {"exec": [self.timed("exec", container, "/bin/true") for _ in range(execs)]}
+            times["delete"] = [self.timed("delete", "--force", container)]
+            return times
+        finally:
+            self.remove(container)
+
+    def timed(self, *arguments):
+        started = time.monotonic_ns()
+        self.wait_for(measure.spawn(self.command(*arguments), self.messages), arguments[0])
+        return time.monotonic_ns() - started
 
     def remove(self, container):
         for arguments in (("kill", container, "KILL"), ("delete", "--force", container)):

@@ -26,7 +26,13 @@ fn main() {
     if !first.is_empty() {
         lie(&mut host, &first, 1, "c");
     }
-    event(&mut host, Event::Ready { version: VERSION });
+    event(
+        &mut host,
+        Event::Ready {
+            version: VERSION,
+            age_ns: 0,
+        },
+    );
     let mut container = Container::default();
     while let Some(ToAgent { number, request }) = receive(&mut host) {
         container.answer(&mut host, number, request);
@@ -182,9 +188,21 @@ fn lie(host: &mut File, what: &str, number: u64, container: &str) {
             event(host, exited);
             wait_for_ever()
         }
-        "ready" => event(host, Event::Ready { version: VERSION }),
+        "ready" => event(
+            host,
+            Event::Ready {
+                version: VERSION,
+                age_ns: 0,
+            },
+        ),
         "version" => {
-            event(host, Event::Ready { version: 99 });
+            event(
+                host,
+                Event::Ready {
+                    version: 99,
+                    age_ns: 0,
+                },
+            );
             wait_for_ever()
         }
         "flood" => loop {

@@ -468,6 +468,11 @@ impl Machine {
         }
     }
 
+    /// The guest has not booted in this VM.
+    pub fn is_restored(&self) -> bool {
+        self.content.has_base()
+    }
+
     /// When [`Machine::dispatch`] has something to do without an event.
     pub fn deadline(&self) -> Option<Instant> {
         self.save_at

@@ -175,6 +175,10 @@ impl Content {
         Ok(Content { pagemap, base })
     }
 
+    pub(crate) fn has_base(&self) -> bool {
+        self.base.is_some()
+    }
+
     pub(crate) fn pagemap(&self) -> &File {
         &self.pagemap
     }

@@ -24,7 +24,7 @@ pub use plan::{
 };
 
 /// Version of the messages. Both sides come from one build, so anything else is refused.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The vsock port on the host (CID 2) that the agent connects to when it is up.
 pub const CONTROL_PORT: u32 = 1;

@@ -169,8 +169,8 @@ pub struct AgentError {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
-    /// First frame on a connection.
-    Ready { version: u32 },
+    /// First frame on a connection, and how long the agent has run, in nanoseconds: before that, the kernel booted.
+    Ready { version: u32, age_ns: u64 },
     /// A process has ended. `status` is 0 to 255, 128 + n for death by signal n.
     /// All its output has been written to its streams, which are closed.
     Exited {

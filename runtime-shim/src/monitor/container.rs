@@ -161,8 +161,13 @@ impl Container {
 
     fn event(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match (event, self.phase) {
-            (Event::Ready { version: VERSION }, Phase::Booting { .. }) => self.ready(now),
-            (Event::Ready { version }, Phase::Booting { .. }) => self.fail_guest(format!(
+            (
+                Event::Ready {
+                    version: VERSION, ..
+                },
+                Phase::Booting { .. },
+            ) => self.ready(now),
+            (Event::Ready { version, .. }, Phase::Booting { .. }) => self.fail_guest(format!(
                 "the agent speaks version {version} of the protocol"
             )),
             (_, Phase::Booting { .. }) => self.fail_guest("the agent did not say hello".into()),

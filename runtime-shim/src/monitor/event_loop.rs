@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
+use agent_protocol::Event;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -16,7 +17,7 @@ use vmm::{Machine, MachineEvent, SnapshotFiles, ThreadKind};
 use super::checkpoint::Checkpoint;
 use super::container::{Action, Asked, Container, Verb};
 use super::order::{Failure, Report, chain};
-use crate::agent_client::AgentClient;
+use crate::agent_client::{AgentClient, Incoming};
 use crate::channel::{Channel, Error as ChannelError, remaining};
 use crate::control::{self, Reply, Request};
 use crate::templates::Draft;
@@ -293,8 +294,10 @@ impl EventLoop {
         let mut actions = Vec::new();
         match incoming {
             Ok(incoming) => {
-                if !incoming.is_empty() && !std::mem::replace(&mut self.agent_heard, true) {
-                    stages::mark("agent");
+                if let Some(first) = incoming.first()
+                    && !std::mem::replace(&mut self.agent_heard, true)
+                {
+                    self.mark_boot(first);
                 }
                 for message in incoming {
                     actions.extend(self.container.from_agent(message, now));
@@ -310,6 +313,16 @@ impl EventLoop {
             }
         }
         actions
+    }
+
+    /// Of a guest that was restored the agent is older than this start.
+    fn mark_boot(&self, first: &Incoming<Asked>) {
+        if let Incoming::Event(Event::Ready { age_ns, .. }) = first
+            && !self.machine.is_restored()
+        {
+            stages::mark_ago("kernel", *age_ns);
+        }
+        stages::mark("agent");
     }
 
     /// Waits for the agent's socket to be writable only while something is to be written.

@@ -96,7 +96,10 @@ fn running() -> Container {
 }
 
 fn ready() -> Incoming<Asked> {
-    Incoming::Event(Event::Ready { version: VERSION })
+    Incoming::Event(Event::Ready {
+        version: VERSION,
+        age_ns: 0,
+    })
 }
 
 fn answered(asked: Asked, result: Result<AgentReply, AgentError>) -> Incoming<Asked> {
@@ -334,7 +337,10 @@ fn what_goes_wrong_while_booting_names_the_stage() {
 fn a_lying_agent_is_not_believed() {
     let wrong_first = [
         exited("c", 0, 1),
-        Incoming::Event(Event::Ready { version: 99 }),
+        Incoming::Event(Event::Ready {
+            version: 99,
+            age_ns: 0,
+        }),
     ];
     for message in wrong_first {
         let actions = booting(false).from_agent(message, NOW());
