@@ -285,6 +285,12 @@ impl Machine {
         }
     }
 
+    /// The container is over. What its guest has not written yet it still writes, but as with any process that has
+    /// ended, the host brings it to its disks in its own time: a busy disk must not hold up the exit.
+    pub fn leave_disks_to_host(&self) {
+        lock(&self.files).leave_disks_to_host();
+    }
+
     /// Plugs a network card, whether the guest runs or not. Drivers see it when the guest has called the host. Returns the number of its slot, which the guest's driver is
     /// then to be bound to: `virtio-mmio.N` on its platform bus.
     pub fn plug_network(&mut self, card: NetworkCard) -> Result<usize, Error> {

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
-use agent_protocol::Event;
+use agent_protocol::{Event, Request as AgentRequest};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -417,6 +417,9 @@ impl EventLoop {
                 asked,
                 deadline,
             } => {
+                if request == AgentRequest::Shutdown {
+                    self.machine.leave_disks_to_host();
+                }
                 let result = self.agent.send(request, asked, deadline);
                 self.watch_agent();
                 if let Err(error) = result {

@@ -96,6 +96,11 @@ impl Fs {
         Ok(())
     }
 
+    /// From now on SYNCFS brings nothing to the disks of the host.
+    pub(crate) fn leave_disks_to_host(&self) {
+        self.server.leave_disks_to_host();
+    }
+
     /// Returns when nothing is being done for the guest, and nothing is until [`release`](Self::release).
     pub(crate) fn hold(&self) {
         if let Some(workers) = &self.workers {

@@ -8,6 +8,7 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{
@@ -119,6 +120,8 @@ pub(super) struct Passthrough {
     pub(super) files: Handles<OpenFile>,
     pub(super) directories: Handles<OpenDirectory>,
     pub(super) self_fd: Arc<SelfFd>,
+    /// SYNCFS means nothing any more.
+    over: AtomicBool,
 }
 
 impl Passthrough {
@@ -134,7 +137,13 @@ impl Passthrough {
             files: Handles::new(budget.files),
             directories: Handles::new(budget.directories),
             self_fd,
+            over: AtomicBool::new(false),
         })
+    }
+
+    /// What the guest still brings is for the files, and for their disks when the host sees fit.
+    pub(super) fn leave_disks_to_host(&self) {
+        self.over.store(true, Ordering::Relaxed);
     }
 
     /// Forgets whatever the guest had open or looked up.
@@ -485,6 +494,9 @@ impl Passthrough {
 
     /// Brings all file systems of the share to their disks.
     pub(super) fn syncfs(&self) -> Result<(), Errno> {
+        if self.over.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         for anchor in self.inodes.anchors() {
             let file = self.self_fd.reopen(anchor.as_fd(), OFlags::RDONLY)?;
             rustix::fs::syncfs(&file)?;

@@ -72,6 +72,12 @@ enum Reply {
 }
 
 impl Server {
+    pub(super) fn leave_disks_to_host(&self) {
+        if let Some(share) = self.share.get() {
+            share.leave_disks_to_host();
+        }
+    }
+
     /// A server without a share; see [`SelfFd::open`].
     pub(super) fn new() -> io::Result<Server> {
         Ok(Server {
