@@ -81,7 +81,11 @@ fn serve(mut creator: Channel, order: Order, files: Vec<OwnedFd>) -> u8 {
         }
     };
     match EventLoop::new(parts, creator) {
-        Ok(mut event_loop) => event_loop.run(),
+        Ok(mut event_loop) => {
+            let status = event_loop.run();
+            event_loop.leave_to_kernel();
+            status
+        }
         Err(error) => {
             log::error!("monitor: event loop: {error}");
             1

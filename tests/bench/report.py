@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import time
 
+import counts
+
 
 def read(path, default=""):
     try:
@@ -144,8 +146,16 @@ def idle_table(results):
             mebibytes(median([s["pss"] for s in runtime["idle"]])),
             mebibytes(median([s["cgroup"] for s in runtime["idle"] if s["cgroup"] is not None])),
             str(int(median([len(s["processes"]) for s in runtime["idle"]]))), str(len(runtime["idle"])),
-        ]
-    heading = ["idle container", "PSS MiB", "cgroup MiB", "processes", "runs"]
+        ] + many(runtime)
+
+    def many(runtime):
+        """What each of several takes, and how many there were."""
+        found = runtime["many"]
+        if not found:
+            return ["-", "-"]
+        return [mebibytes(found["pss"] / found["count"]), str(found["count"])]
+
+    heading = ["idle container", "PSS MiB", "cgroup MiB", "processes", "runs", "each of several: PSS MiB", "of"]
     return plain_rows(heading, results, "idle", cells)
 
 
@@ -220,4 +230,6 @@ def render(results):
     if any(runtime["exec"] for runtime in results["runtimes"]):
         parts.append(verb_table(results))
     parts += stage_tables(results)
+    found = results["counts"]
+    parts.append(table(counts.rows(found)) if "counts" in found else "counts: not measured: %s" % found["reason"])
     return "\n\n".join(parts)

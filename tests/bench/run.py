@@ -21,6 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, os.path.join(ROOT, "examples")]
 
 import bundle  # noqa: E402
+import counts  # noqa: E402
 import measure  # noqa: E402
 import network  # noqa: E402
 import report  # noqa: E402
@@ -36,6 +37,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="starts of each runtime (30)")
     parser.add_argument("--idle-rounds", type=int, default=3, metavar="N", help="idle containers of each (3)")
+    parser.add_argument("--many", type=int, default=10, metavar="N", help="idle containers of each at once (10)")
     parser.add_argument("--verb-rounds", type=int, default=5, metavar="N",
                         help="running containers of each, for exec (three times) and delete (5)")
     parser.add_argument("--network-rounds", type=int, default=3, metavar="N", help="network measurements of each (3)")
@@ -134,6 +136,14 @@ def idles(pairs, path, rounds):
                 progress("idle: %s" % error)
 
 
+def many_idles(pairs, path, count):
+    for runtime, record in pairs:
+        try:
+            record["many"] = dict(runtime.idle(path, "many-" + runtime.name, count), count=count)
+        except (measure.Failed, OSError) as error:
+            progress("%d idle: %s" % (count, error))
+
+
 def verbs(pairs, path, rounds):
     for number in range(rounds):
         for runtime, record in pairs:
@@ -144,6 +154,15 @@ def verbs(pairs, path, rounds):
             except (measure.Failed, OSError) as error:
                 record["exec_reason"] = str(error)
                 progress("exec and delete: %s" % error)
+
+
+def counted(pairs, true_bundle, idle_bundle):
+    runtime = next((runtime for runtime, _ in pairs if runtime.name == "sandbox"), None)
+    reason = counts.missing() if runtime else "sandbox is not measured"
+    try:
+        return {"reason": reason} if reason else counts.measure_counts(runtime, true_bundle, idle_bundle)
+    except (measure.Failed, OSError) as error:
+        return {"reason": str(error)}
 
 
 def write_results(path, results):
@@ -166,15 +185,20 @@ def measure_all(arguments, directory):
     for runtime in chosen(arguments, directory):
         record = {"name": runtime.name, "label": runtime.label, "version": runtime.version, "reason": None,
                   "start": [], "start_reason": None, "failures": [], "idle": [], "idle_reason": None,
-                  "exec": [], "delete": [], "exec_reason": None, "network": [], "network_reason": None}
+                  "exec": [], "delete": [], "exec_reason": None,
+                  "many": None, "network": [], "network_reason": None}
         results["runtimes"].append(record)
         warm_up(runtime, record, true_bundle)
         if not record["reason"]:
             pairs.append((runtime, record))
     starts(pairs, true_bundle, arguments.rounds)
     idles(pairs, idle_bundle, arguments.idle_rounds)
-    # QEMU has no containers; a booted one is as a restored one by then.
-    verbs([pair for pair in pairs if pair[0].name not in ("qemu", "sandbox-cold")], idle_bundle, arguments.verb_rounds)
+    containers = [pair for pair in pairs if pair[0].name != "qemu"]
+    if arguments.many:
+        many_idles(containers, idle_bundle, arguments.many)
+    # A booted one is as a restored one by then.
+    verbs([pair for pair in containers if pair[0].name != "sandbox-cold"], idle_bundle, arguments.verb_rounds)
+    results["counts"] = counted(pairs, true_bundle, idle_bundle)
     # The others have no network here, or none by this set-up.
     networked = [(runtime, record) for runtime, record in pairs if runtime.name in ("sandbox", "runc", "crun")]
     network.measure_network(networked, directory, config, arguments.network_rounds, arguments.network_seconds)

@@ -60,15 +60,17 @@ class OciRuntime:
             raise
         return sample, read_stages(self.stages_file)
 
-    def idle(self, bundle, container):
-        """Memory of a detached container whose process sleeps."""
-        # Its processes are to live on, so nothing is reaped here.
+    def idle(self, bundle, container, count=1):
+        """Memory of detached containers whose processes sleep."""
+        containers = ["%s-%d" % (container, number) for number in range(count)]
         try:
-            self.detach(bundle, container)
+            # Their processes are to live on, so nothing is reaped here.
+            for name in containers:
+                self.detach(bundle, name)
             time.sleep(SETTLE_SECONDS)
             return measure.tree_memory()
         finally:
-            self.remove(container)
+            self.remove(*containers)
 
     def detach(self, bundle, container):
         arguments = ("run", *self.run_options, "--detach", "--bundle", bundle, container)
@@ -96,11 +98,12 @@ class OciRuntime:
         self.wait_for(measure.spawn(self.command(*arguments), self.messages), arguments[0])
         return time.monotonic_ns() - started
 
-    def remove(self, container):
-        for arguments in (("kill", container, "KILL"), ("delete", "--force", container)):
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run(self.command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, timeout=60)
+    def remove(self, *containers):
+        for container in containers:
+            for arguments in (("kill", container, "KILL"), ("delete", "--force", container)):
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    subprocess.run(self.command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, timeout=60)
         measure.kill_descendants()
 
 
