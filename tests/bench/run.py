@@ -51,7 +51,9 @@ def parse_arguments():
                         help="kernel and initramfs for QEMU")
     parser.add_argument("--qemu-memory", type=int, default=256, metavar="MIB", help="of QEMU's guest (256)")
     arguments = parser.parse_args()
-    if min(arguments.rounds, arguments.idle_rounds, arguments.verb_rounds, arguments.network_rounds) < 0 or arguments.network_seconds < 1:
+    counts_given = (arguments.rounds, arguments.idle_rounds, arguments.many, arguments.verb_rounds,
+                    arguments.network_rounds)
+    if min(counts_given) < 0 or arguments.network_seconds < 1:
         parser.error("rounds must be at least 0, --network-seconds at least 1")
     if not os.path.exists(os.path.join(arguments.rootfs, "bin/true")):
         parser.error("%s: no root file system with /bin/true; examples/rootfs.sh makes it" % arguments.rootfs)
