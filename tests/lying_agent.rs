@@ -73,7 +73,6 @@ fn lies_before_anything_else() {
 
 /// One after the other: from the second start on they come from a template.
 #[test]
-#[ignore = "an exec whose streams the agent never opens waits for them without end"]
 fn lies_of_an_agent_that_began_well() {
     if !is_sandbox() {
         return;

@@ -335,6 +335,27 @@ fn connect(address: u32, port: u32) -> Option<File> {
     name.svm_port = port;
     let length = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).ok()?;
     let descriptor = std::os::fd::AsRawFd::as_raw_fd(&socket);
+    // As the agent has it: the host answers when the template is saved, and Linux would give it two seconds.
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+    let timeout = libc::timeval {
+        tv_sec: 60,
+        tv_usec: 0,
+    };
+    let size = libc::socklen_t::try_from(size_of_val(&timeout)).ok()?;
+    let value = (&raw const timeout).cast();
+    // SAFETY: the value outlives the call and its size is passed.
+    let set = unsafe {
+        libc::setsockopt(
+            descriptor,
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            value,
+            size,
+        )
+    };
+    if set != 0 {
+        return None;
+    }
     // SAFETY: the address outlives the call and its size is passed.
     let connected = unsafe { libc::connect(descriptor, (&raw const name).cast(), length) };
     (connected == 0).then(|| File::from(socket))

@@ -319,6 +319,11 @@ impl Machine {
         lock(&self.vsock).close_stream(port);
     }
 
+    /// Forgets a stream if the guest has not connected to its port; says whether.
+    pub fn close_unopened(&mut self, port: u32) -> bool {
+        lock(&self.vsock).close_unopened(port)
+    }
+
     /// Asks the guest to give `mib` MiB of its memory back and leave it alone. It does so in its own time.
     pub fn set_balloon(&mut self, mib: u32) {
         const PAGES_OF_A_MIB: u32 = 256;

@@ -29,7 +29,7 @@ use super::wording::start_error;
 use crate::agent_client::Incoming;
 use crate::control::{Reply, Request};
 use crate::network::Joined;
-use action::{answer, refuse, reply};
+use action::{answer, refuse, reply, unopened};
 use checkpoint::Hold;
 use exec::Exec;
 use streams::{FIRST_PORT, streams};
@@ -345,7 +345,9 @@ impl Container {
             return Vec::new();
         };
         exec.status.get_or_insert(status);
-        self.finish_exec(process, now)
+        let mut actions = unopened(&exec.ports);
+        actions.extend(self.finish_exec(process, now));
+        actions
     }
 
     /// A stream is over: its bytes are with their reader, or nobody reads any more.

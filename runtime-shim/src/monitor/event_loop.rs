@@ -440,6 +440,11 @@ impl EventLoop {
                 }
             }
             Action::Reset { port } => self.machine.close_stream(port),
+            Action::ResetUnopened { port } => {
+                if self.machine.close_unopened(port) {
+                    return Ok(self.container.stream_closed(port, now));
+                }
+            }
             Action::Plug { verb, cards } => {
                 let plugged = super::plug(&mut self.machine, cards).map_err(|error| chain(&error));
                 return Ok(self.container.plugged(verb, plugged, now));

@@ -32,6 +32,10 @@ pub enum Action {
     Reset {
         port: u32,
     },
+    /// Of a process that has ended: the guest opens its streams before that, or not at all.
+    ResetUnopened {
+        port: u32,
+    },
     /// Give the machine network cards.
     Plug {
         verb: Verb,
@@ -87,6 +91,11 @@ pub(super) fn cut(ports: &mut BTreeSet<u32>) -> Vec<Action> {
         .into_iter()
         .map(|port| Action::Reset { port })
         .collect()
+}
+
+pub(super) fn unopened(ports: &BTreeSet<u32>) -> Vec<Action> {
+    let reset = |&port| Action::ResetUnopened { port };
+    ports.iter().map(reset).collect()
 }
 
 pub(super) fn answer(verb: Verb, reply: Reply) -> Action {

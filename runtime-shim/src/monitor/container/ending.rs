@@ -6,7 +6,7 @@ use std::time::Instant;
 use agent_protocol::Request as AgentRequest;
 use vmm::StopReason;
 
-use super::action::{Action, Asked, cut};
+use super::action::{Action, Asked, cut, unopened};
 use super::{Container, FLUSH_AFTER_KILL, FLUSH_EXECS, KILLED, Phase, SHUTDOWN};
 use crate::monitor::order::{Failure, Report, Stage};
 
@@ -25,11 +25,13 @@ impl Container {
         if self.killed {
             self.flush_until = Some(now + FLUSH_AFTER_KILL);
         }
-        vec![Action::Ask {
+        let mut actions = unopened(&self.ports);
+        actions.push(Action::Ask {
             request: AgentRequest::Shutdown,
             asked: Asked::Shutdown,
             deadline: Some(now + SHUTDOWN),
-        }]
+        });
+        actions
     }
 
     pub(super) fn shut_down(&mut self, now: Instant) -> Vec<Action> {

@@ -149,6 +149,7 @@ fn words(actions: &[Action]) -> Vec<String> {
         },
         Action::Accept { port, .. } => format!("accept {port}"),
         Action::Reset { port } => format!("reset {port}"),
+        Action::ResetUnopened { port } => format!("reset unopened {port}"),
         Action::Answer { verb, reply } => match reply {
             Reply::Failed(error) => format!("{verb}: {error}"),
             reply => format!("{verb}: {reply:?}"),
@@ -202,7 +203,7 @@ fn a_life_from_boot_to_exit_status() {
     let actions = container.from_agent(done(Asked::Start(Some(5))), NOW());
     assert_eq!(words(&actions), ["5: Done"]);
     let actions = container.from_agent(exited("c", 0, 3), NOW());
-    assert_eq!(words(&actions), ["ask Shutdown"]);
+    assert_eq!(words(&actions), ["reset unopened 1024", "ask Shutdown"]);
     let actions = container.from_agent(done(Asked::Shutdown), NOW());
     assert_eq!(
         words(&actions),
@@ -272,7 +273,7 @@ fn a_process_that_ends_before_its_start_is_answered_is_not_lost() {
     container.from_agent(created_answer(), NOW());
     assert_eq!(
         words(&container.from_agent(exited("c", 0, 0), NOW())),
-        ["ask Shutdown"]
+        ["reset unopened 1024", "ask Shutdown"]
     );
     let actions = container.from_agent(done(Asked::Start(None)), NOW());
     assert_eq!(words(&actions), ["report Started"]);
@@ -485,7 +486,10 @@ fn an_exec_is_answered_when_it_runs_and_when_it_has_been_read() {
     assert_eq!(exec(&mut container, 3), ["accept 1025", "ask Exec 1"]);
     let answer = answered(Asked::Exec(1), Ok(AgentReply::Created { pid: 9 }));
     assert_eq!(words(&container.from_agent(answer, NOW())), ["3: Done"]);
-    assert!(container.from_agent(exited("c", 1, 4), NOW()).is_empty());
+    assert_eq!(
+        words(&container.from_agent(exited("c", 1, 4), NOW())),
+        ["reset unopened 1025"]
+    );
     assert_eq!(
         words(&container.stream_closed(1025, NOW())),
         ["3: Exited(4)", "hang up 3"]
@@ -700,7 +704,7 @@ fn a_restored_container_goes_on_after_it_got_time_and_entropy() {
     assert_eq!(words(&actions), ["report Created", "report Started"]);
     assert_eq!(exec(&mut container, 3), ["accept 1025", "ask Exec 1"]);
     let actions = container.from_agent(exited("c", 0, 4), NOW());
-    assert_eq!(words(&actions), ["ask Shutdown"]);
+    assert_eq!(words(&actions), ["reset unopened 1024", "ask Shutdown"]);
 
     let terminal = Streams::Terminal {
         input: null(),

@@ -147,6 +147,11 @@ impl Credit {
 
 impl Connection {
     /// A port that the guest may connect to. The host's descriptors come with the tokens of their events.
+    /// The guest has not connected.
+    pub(super) fn is_announced(&self) -> bool {
+        matches!(self.state, State::Announced)
+    }
+
     pub(super) fn new(
         port: u32,
         serial: u32,

@@ -96,6 +96,11 @@ impl Vsock {
         self.muxer.close_stream(port);
     }
 
+    /// Forgets `port` if the guest has not connected to it; says whether.
+    pub(crate) fn close_unopened(&mut self, port: u32) -> bool {
+        self.muxer.close_unopened(port)
+    }
+
     /// Ports of streams that are over since the last call: the host has all bytes and its descriptors are closed.
     pub(crate) fn take_closed(&mut self) -> Vec<u32> {
         self.muxer.take_closed()

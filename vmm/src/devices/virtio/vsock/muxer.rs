@@ -149,6 +149,16 @@ impl Muxer {
         }
     }
 
+    /// Forgets `port` if the guest has not connected to it.
+    pub(super) fn close_unopened(&mut self, port: u32) -> bool {
+        let unopened = self.connections.get(&port);
+        let unopened = unopened.is_some_and(Connection::is_announced);
+        if unopened {
+            self.connections.remove(&port);
+        }
+        unopened
+    }
+
     pub(super) fn take_closed(&mut self) -> Vec<u32> {
         std::mem::take(&mut self.closed)
     }
