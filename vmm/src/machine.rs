@@ -168,7 +168,7 @@ impl Machine {
 
     /// Which pages the guest has used since it was restored, for those that are restored after it.
     pub fn working_set(&self) -> Result<Vec<u8>, Error> {
-        Ok(WorkingSet::of(&self.memory, self.content.pagemap())?.encode()?)
+        Ok(WorkingSet::of(&self.memory, &self.content)?.encode()?)
     }
 
     /// Builds the VM that [`Machine::save`] has saved, and returns what its owner had to say then. Each stream that was

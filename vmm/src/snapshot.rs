@@ -164,6 +164,8 @@ pub(crate) struct Content {
 /// Linux: Documentation/admin-guide/mm/pagemap.rst.
 pub(crate) const PAGE_PRESENT: u64 = 1 << 63;
 const PAGE_SWAPPED: u64 = 1 << 62;
+/// The page is one of a file, or shared.
+pub(crate) const PAGE_OF_FILE: u64 = 1 << 61;
 /// Entries of the page map that are read at once.
 const ENTRIES: u64 = 8192;
 /// What is written at once.
@@ -179,8 +181,26 @@ impl Content {
         self.base.is_some()
     }
 
-    pub(crate) fn pagemap(&self) -> &File {
-        &self.pagemap
+    /// Calls `visit` with the number of each page in the region, and its entry of the page map.
+    pub(crate) fn each_page(
+        &self,
+        region: &vm_memory::GuestRegionMmap<()>,
+        mut visit: impl FnMut(u64, u64) -> Result<(), SnapshotError>,
+    ) -> Result<(), SnapshotError> {
+        let mut entries = vec![0; ENTRIES as usize * size_of::<u64>()];
+        let first = region.as_ptr().addr() as u64 / PAGE;
+        let pages = region.len() / PAGE;
+        for chunk in (0..pages).step_by(ENTRIES as usize) {
+            let count = ENTRIES.min(pages - chunk) as usize * size_of::<u64>();
+            let at = (first + chunk) * size_of::<u64>() as u64;
+            self.pagemap
+                .read_exact_at(&mut entries[..count], at)
+                .map_err(SnapshotError::Memory)?;
+            for (index, entry) in (chunk..).zip(entries[..count].as_chunks().0) {
+                visit(index, u64::from_le_bytes(*entry))?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the pages that are not zero; the others are holes. The regions follow each other in the file, as they do
@@ -212,27 +232,18 @@ impl Content {
     ) -> Result<(), SnapshotError> {
         let mut batch = Batch::new(file);
         let mut base = Extent::default();
-        let mut entries = vec![0; ENTRIES as usize * size_of::<u64>()];
-        let first = region.as_ptr().addr() as u64 / PAGE;
-        let pages = region.len() / PAGE;
-        for chunk in (0..pages).step_by(ENTRIES as usize) {
-            let count = ENTRIES.min(pages - chunk) as usize * size_of::<u64>();
-            let at = (first + chunk) * size_of::<u64>() as u64;
-            self.pagemap
-                .read_exact_at(&mut entries[..count], at)
-                .map_err(SnapshotError::Memory)?;
-            for (index, entry) in (chunk..).zip(entries[..count].as_chunks().0) {
-                let mapped = u64::from_le_bytes(*entry) & (PAGE_PRESENT | PAGE_SWAPPED) != 0;
-                let offset = index * PAGE;
-                if mapped || base.contains(self.base.as_ref(), start + offset)? {
-                    let page = batch.next(start + offset)?;
-                    region
-                        .read_slice(page, MemoryRegionAddress(offset))
-                        .map_err(|_| SnapshotError::Guest)?;
-                    batch.keep_unless_zero();
-                }
+        self.each_page(region, |index, entry| {
+            let mapped = entry & (PAGE_PRESENT | PAGE_SWAPPED) != 0;
+            let offset = index * PAGE;
+            if mapped || base.contains(self.base.as_ref(), start + offset)? {
+                let page = batch.next(start + offset)?;
+                region
+                    .read_slice(page, MemoryRegionAddress(offset))
+                    .map_err(|_| SnapshotError::Guest)?;
+                batch.keep_unless_zero();
             }
-        }
+            Ok(())
+        })?;
         batch.flush()
     }
 }

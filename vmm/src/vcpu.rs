@@ -182,7 +182,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    pub(crate) fn of<T>(self, all: &[T]) -> impl Iterator<Item = &T> {
+    pub(crate) fn share_of<T>(self, all: &[T]) -> impl Iterator<Item = &T> {
         all.iter().skip(self.index).step_by(self.of)
     }
 }

@@ -2,9 +2,6 @@
 //! The pages that a restored guest is about to use: those that the first one from the same snapshot has used. They are
 //! made and mapped at once, where the guest would otherwise stop at each of them.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use kvm_bindings::{KVMIO, kvm_pre_fault_memory};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -13,13 +10,8 @@ use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
 use crate::memory::{GuestMemory, PAGE};
-use crate::snapshot::{self, PAGE_PRESENT, SnapshotError};
+use crate::snapshot::{self, Content, PAGE_OF_FILE, PAGE_PRESENT, SnapshotError};
 use crate::vcpu::Part;
-
-/// Entries of the page map that are read at once.
-const ENTRIES: usize = 8192;
-/// Linux: Documentation/admin-guide/mm/pagemap.rst. The page is one of a file, or shared.
-const PAGE_OF_FILE: u64 = 1 << 61;
 
 /// The most that is taken from a list, which was made by a monitor with a guest in it: 32 MiB of copied pages.
 const MAX_COPIED: u64 = 8192;
@@ -42,31 +34,19 @@ pub(crate) struct WorkingSet {
 }
 
 impl WorkingSet {
-    /// What the guest uses now, by `/proc/self/pagemap`.
-    pub(crate) fn of(memory: &GuestMemory, pagemap: &File) -> Result<WorkingSet, SnapshotError> {
+    /// What the guest uses now.
+    pub(crate) fn of(memory: &GuestMemory, content: &Content) -> Result<WorkingSet, SnapshotError> {
         let mut set = WorkingSet::default();
-        let mut entries = vec![0; ENTRIES * size_of::<u64>()];
         for region in memory.iter() {
-            let host = region.as_ptr().addr() as u64 / PAGE;
-            let guest = region.start_addr().raw_value() / PAGE;
-            let pages = region.len() / PAGE;
-            for chunk in (0..pages).step_by(ENTRIES) {
-                let count = (ENTRIES as u64).min(pages - chunk) as usize * size_of::<u64>();
-                pagemap
-                    .read_exact_at(
-                        &mut entries[..count],
-                        (host + chunk) * size_of::<u64>() as u64,
-                    )
-                    .map_err(SnapshotError::Memory)?;
-                for (page, entry) in (guest + chunk..).zip(entries[..count].as_chunks().0) {
-                    let entry = u64::from_le_bytes(*entry);
-                    match (entry & PAGE_PRESENT != 0, entry & PAGE_OF_FILE != 0) {
-                        (true, true) => push(&mut set.shared, page),
-                        (true, false) => push(&mut set.copied, page),
-                        (false, _) => {}
-                    }
+            let first = region.start_addr().raw_value() / PAGE;
+            content.each_page(region, |index, entry| {
+                match (entry & PAGE_PRESENT != 0, entry & PAGE_OF_FILE != 0) {
+                    (true, true) => push(&mut set.shared, first + index),
+                    (true, false) => push(&mut set.copied, first + index),
+                    (false, _) => {}
                 }
-            }
+                Ok(())
+            })?;
         }
         Ok(set)
     }
@@ -93,8 +73,12 @@ impl WorkingSet {
 
     /// Does a part of what there is to do for all of it.
     pub(crate) fn prepare(&self, memory: &GuestMemory, vcpu: &VcpuFd, part: Part) {
-        populate(part.of(&self.copied), memory);
-        map(part.of(&self.copied).chain(part.of(&self.shared)), vcpu);
+        populate(part.share_of(&self.copied), memory);
+        map(
+            part.share_of(&self.copied)
+                .chain(part.share_of(&self.shared)),
+            vcpu,
+        );
     }
 }
 
@@ -160,6 +144,9 @@ fn push(runs: &mut Vec<Run>, page: u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
     use vm_memory::{Bytes, GuestMemoryMmap};
 
     use super::*;
@@ -182,8 +169,8 @@ mod tests {
         memory
     }
 
-    fn pagemap() -> File {
-        File::open("/proc/self/pagemap").unwrap()
+    fn used(memory: &GuestMemory) -> WorkingSet {
+        WorkingSet::of(memory, &Content::new(None).unwrap()).unwrap()
     }
 
     #[test]
@@ -192,7 +179,7 @@ mod tests {
         for page in [3, 4, 9, 40] {
             first.write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
         }
-        let set = WorkingSet::of(&first, &pagemap()).unwrap();
+        let set = used(&first);
         let run = |first, count| Run { first, count };
         assert_eq!(set.copied, [run(3, 2), run(9, 1), run(40, 1)]);
         assert!(set.shared.is_empty(), "{set:?}");
@@ -201,7 +188,7 @@ mod tests {
         let decoded = WorkingSet::decode(&set.encode().unwrap(), &second).unwrap();
         assert_eq!(decoded, set);
         populate(decoded.copied.iter(), &second);
-        assert_eq!(WorkingSet::of(&second, &pagemap()).unwrap(), set);
+        assert_eq!(used(&second), set);
         let value: u8 = second.read_obj(GuestAddress(9 * PAGE)).unwrap();
         assert_eq!(value, 7, "the file's");
     }
@@ -210,7 +197,7 @@ mod tests {
     fn pages_that_were_read_are_the_files() {
         let memory = memory();
         let _: u8 = memory.read_obj(GuestAddress(10 * PAGE)).unwrap();
-        let set = WorkingSet::of(&memory, &pagemap()).unwrap();
+        let set = used(&memory);
         assert!(set.copied.is_empty(), "{set:?}");
         assert!(
             set.shared
