@@ -9,9 +9,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-
-import measure
 
 KEPT = os.path.join(os.path.dirname(os.path.realpath(__file__)), "counts.json")
 TRACING = "/sys/kernel/tracing"
@@ -76,7 +73,7 @@ def one_start(runtime, bundle, container):
         for reason, count in exits.read():
             name = "exits: " + names.get(int(reason), "other")
             found[name] = found.get(name, 0) + count
-        found["exits"] = sum(count for _, count in exits.read())
+            found["exits"] = found.get("exits", 0) + count
         found["file system requests"] = sum(count for address, count in mmio.read() if int(address, 16) == KICK)
         for process, count in calls.read():
             # The monitor is `exe` until it has named itself, its threads may still count as what they came from.
@@ -87,16 +84,8 @@ def one_start(runtime, bundle, container):
 
 def pages(runtime, bundle, container):
     """Pages that an idle container has for itself, in all processes of the host."""
-    try:
-        runtime.detach(bundle, container)
-        time.sleep(3)
-        anonymous = 0
-        for pid in measure.descendants():
-            with contextlib.suppress(OSError), open("/proc/%d/smaps_rollup" % pid) as file:
-                anonymous += int(re.search(r"^Anonymous: +(\d+) kB", file.read(), re.MULTILINE).group(1))
-        return anonymous // 4
-    finally:
-        runtime.remove(container)
+    processes = runtime.idle(bundle, container)["processes"]
+    return sum(process["anonymous"] for process in processes) // os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_counts(runtime, true_bundle, idle_bundle):

@@ -129,11 +129,11 @@ def process_memory(pid):
     with open("/proc/%d/smaps_rollup" % pid) as file:
         for line in file:
             name, _, rest = line.partition(":")
-            if name in ("Rss", "Pss"):
+            if name in ("Rss", "Pss", "Anonymous"):
                 sizes[name] = int(rest.split()[0]) * 1024
     with open("/proc/%d/comm" % pid) as file:
         name = file.read().strip()
-    return {"name": name, "rss": sizes.get("Rss", 0), "pss": sizes.get("Pss", 0)}
+    return {"name": name, "rss": sizes.get("Rss", 0), "pss": sizes.get("Pss", 0), "anonymous": sizes.get("Anonymous", 0)}
 
 
 def cgroup_of(pid):
